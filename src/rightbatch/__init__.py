@@ -1,0 +1,36 @@
+"""rightbatch finds the batch size a neural network should be trained with, and shows why.
+
+Names are imported when they are first used, so that `rightbatch --help` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.training import Run as Run
+    from rightbatch.training import train as train
+    from rightbatch.workload import Workload as Workload
+    from rightbatch.workload import accuracy as accuracy
+
+_HOME = {
+    "Recipe": "rightbatch.recipe",
+    "Run": "rightbatch.training",
+    "Workload": "rightbatch.workload",
+    "accuracy": "rightbatch.workload",
+    "train": "rightbatch.training",
+}
+
+__all__ = ["Recipe", "Run", "Workload", "accuracy", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rightbatch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

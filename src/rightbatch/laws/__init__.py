@@ -1,0 +1,1 @@
+"""Pure mathematics: no torch, plain numbers and NumPy arrays in, frozen records out."""
