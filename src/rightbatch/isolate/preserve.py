@@ -82,7 +82,7 @@ def _save_module(module: nn.Module) -> Any:
             for parameter, gradient, value, requires_grad in gradients:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
-                if gradient is not None:
+                if gradient is not None and value is not None:
                     gradient.copy_(value)
         for child, training in modes:
             child.training = training
