@@ -25,7 +25,9 @@ class FloorFit:
         beta: β, seconds per example.
         num_floored: How many of the smallest sizes lie on the floor (0: there is none).
         floor: Seconds; 0 without a floor.
-        misfit_variance: Variance of log t about the law beyond what the measurement explains.
+        misfit_variance: Variance of log t about the law beyond what the measurement explains, at
+            most sizes (robust: a single kinked size does not count).
+        full_misfit_variance: The same over all sizes; what the parameters' intervals rest on.
         residuals: log t − log law, shape (sizes,).
     """
 
@@ -34,6 +36,7 @@ class FloorFit:
     num_floored: int
     floor: float  # 0 without a floor
     misfit_variance: float
+    full_misfit_variance: float
     residuals: Array
 
 
@@ -47,7 +50,7 @@ def fit_floor_law(levels: SizeLevels) -> FloorFit:
         The law of least Bayesian information criterion.
     """
     candidates = [_fit_with_floor(levels, 0)]
-    candidates += [_fit_with_floor(levels, k) for k in range(2, len(levels.sizes) - 2)]
+    candidates += [_fit_with_floor(levels, k) for k in range(2, len(levels.sizes) - 1)]
     noise = float(np.median(levels.variance)) + 1e-8
 
     def criterion(fitted: FloorFit) -> float:
@@ -72,19 +75,28 @@ def _fit_with_floor(levels: SizeLevels, num_floored: int) -> FloorFit:
         floor = floor_level(levels.logs[None], variance, num_floored)[0] if num_floored else 0.0
         predicted = np.maximum(floor, alpha + beta * levels.sizes)
         residuals = levels.logs - np.log(predicted)
-        free = max(len(levels.sizes) - parameters, 1)
-        spread = (1.4826 * float(np.median(np.abs(residuals)))) ** 2 * len(levels.sizes) / free
-        # With as many parameters as sizes the residuals tell nothing.
-        known = len(levels.sizes) > parameters
-        misfit_variance = max(spread - float(np.median(levels.variance)), 0.0) if known else 0.0
+        misfit_variance = _misfit_variance(
+            (1.4826 * float(np.median(np.abs(residuals)))) ** 2, levels, parameters
+        )
     return FloorFit(
         alpha=alpha,
         beta=beta,
         num_floored=num_floored,
         floor=float(floor),
         misfit_variance=misfit_variance,
+        full_misfit_variance=_misfit_variance(float(np.mean(residuals**2)), levels, parameters),
         residuals=residuals,
     )
+
+
+def _misfit_variance(mean_square: float, levels: SizeLevels, parameters: int) -> float:
+    """The residuals' variance that the measurement does not explain."""
+    free = len(levels.sizes) - parameters
+    # With as many parameters as sizes the residuals tell nothing.
+    if free <= 0:
+        return 0.0
+    explained = float(np.median(levels.variance))
+    return max(mean_square * len(levels.sizes) / free - explained, 0.0)
 
 
 def floor_level(logs: Array, variance: Array, num_floored: int) -> Array:
@@ -164,10 +176,10 @@ def redraw_levels(
     Returns:
         log t, shape (draws, sizes), and the logarithm of a factor for all, shape (draws,).
     """
-    total = levels.variance + fitted.misfit_variance
+    total = levels.variance + fitted.full_misfit_variance
     free = max(len(levels.sizes) - 2, 1)
     # Satterthwaite: how well the total variance itself is known.
-    parts = levels.variance**2 / levels.dof + fitted.misfit_variance**2 / free
+    parts = levels.variance**2 / levels.dof + fitted.full_misfit_variance**2 / free
     dof = np.where(parts > 0, total**2 / np.where(parts > 0, parts, 1.0), 1e6)
     shape = (num_draws, len(levels.sizes))
     # One factor per draw, not one per size: the scatter's scale is misjudged in common.
