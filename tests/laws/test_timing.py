@@ -238,9 +238,9 @@ def test_replicas_add_or_overlap() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(UsageError, match="0 timings, of which 0 are not positive"):
+    with pytest.raises(UsageError, match="0 timings, of which 0 are not positive and finite"):
         fit_step_time([], [], [])
-    with pytest.raises(UsageError, match="2 timings, of which 1 are not positive"):
+    with pytest.raises(UsageError, match="2 timings, of which 1 are not positive and finite"):
         fit_step_time([1, 2], [1.0, float("nan")], [0, 0])
     step_time: StepTime = fit_step_time([1], [1.0], [0]).step_time
     with pytest.raises(UsageError, match="micro_batch is 0 and accumulation 1; both must be"):
