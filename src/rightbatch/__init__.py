@@ -9,21 +9,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rightbatch.catalog import load_workload as load_workload
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.training import Run as Run
     from rightbatch.training import train as train
     from rightbatch.workload import Workload as Workload
     from rightbatch.workload import accuracy as accuracy
+    from rightbatch.workload import check_workload as check_workload
 
 _HOME = {
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
+    "check_workload": "rightbatch.workload",
+    "load_workload": "rightbatch.catalog",
     "train": "rightbatch.training",
 }
 
-__all__ = ["Recipe", "Run", "Workload", "accuracy", "train"]
+__all__ = ["Recipe", "Run", "Workload", "accuracy", "check_workload", "load_workload", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Random access to training examples, whatever form the data came in.
 
-Tensors (a tuple or a dict of them), map-style datasets, DataLoaders (their dataset and collate
+A tensor, a tuple or a dict of tensors, map-style datasets, DataLoaders (their dataset and collate
 function are used, their batch size is what we are choosing) and iterables of single examples all
 become an `Examples`: a length and `batch(indices)`.
 """
@@ -13,7 +13,18 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from rightbatch.errors import WorkloadError
 
@@ -42,10 +53,12 @@ class TensorExamples:
 
     truncated = False
 
-    def __init__(self, tensors: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> None:
         self.tensors = tensors
         values = list(tensors.values()) if isinstance(tensors, Mapping) else list(tensors)
-        lengths = {int(t.shape[0]) if t.ndim else 0 for t in values}
+        if isinstance(tensors, Tensor):
+            values = [tensors]
+        lengths = {int(t.shape[0]) if t.ndim else 0 for t in values} or {0}
         if len(lengths) != 1:
             shapes = ", ".join(str(tuple(t.shape)) for t in values)
             raise WorkloadError(
@@ -56,6 +69,8 @@ class TensorExamples:
 
     def batch(self, indices: Tensor) -> Any:
         """The rows at `indices` of every tensor, in the container the data came in."""
+        if isinstance(self.tensors, Tensor):
+            return self.tensors[indices]
         if isinstance(self.tensors, Mapping):
             return {key: tensor[indices] for key, tensor in self.tensors.items()}
         return tuple(tensor[indices] for tensor in self.tensors)
@@ -69,7 +84,7 @@ class DatasetExamples:
     ) -> None:
         self.dataset = dataset
         self.collate = collate
-        self.num_examples = len(dataset)
+        self.num_examples = _length(dataset)
         self.truncated = truncated
 
     def batch(self, indices: Tensor) -> Any:
@@ -84,7 +99,7 @@ def open_examples(data: Any, collate: Callable[[list[Any]], Any] | None = None) 
     """Gives random access to data in any supported form.
 
     Args:
-        data: A tuple, list or dict of tensors (or NumPy arrays); a map-style dataset; a
+        data: A tensor (or NumPy array), or a tuple, list or dict of them; a map-style dataset; a
             DataLoader; or an iterable of single examples that can be iterated more than once.
         collate: Turns a list of examples into a batch. Default: torch's `default_collate`.
 
@@ -96,51 +111,130 @@ def open_examples(data: Any, collate: Callable[[list[Any]], Any] | None = None) 
     """
     examples = _open(data, collate)
     if examples.num_examples == 0:
-        raise WorkloadError("The data hold no examples. Pass at least one.")
+        raise WorkloadError(
+            f"The data (a {type(data).__name__}) hold no examples. Pass at least one."
+        )
     return examples
 
 
 def _open(data: Any, collate: Callable[[list[Any]], Any] | None) -> Examples:
+    if isinstance(data, DataLoader):
+        return _open_loader(cast("DataLoader[Any]", data), collate)
+    if type(data) is TensorDataset and collate is None:
+        # What a dataset of tensors returns for many indices at once, without a call per example.
+        return TensorExamples(data.tensors)
     arrays = _as_tensors(data)
     if arrays is not None:
         return TensorExamples(arrays)
-    if isinstance(data, DataLoader):
-        loader = cast("DataLoader[Any]", data)
-        return _open(loader.dataset, collate or loader.collate_fn)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+    _refuse_columns_of_lists(data)
+    # An IterableDataset inherits a __getitem__ that only raises.
+    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if indexable and not isinstance(data, IterableDataset | Mapping | str | bytes):
         return DatasetExamples(data, collate or default_collate)
-    if isinstance(data, Iterable):
-        if iter(data) is data:
-            raise WorkloadError(
-                f"The data are a {type(data).__name__}, which can be read only once. Pass an "
-                "object whose __iter__ starts again, or a list."
-            )
-        items = list(itertools.islice(iter(data), STREAM_EXAMPLES + 1))
-        truncated = len(items) > STREAM_EXAMPLES
-        return DatasetExamples(
-            items[:STREAM_EXAMPLES], collate or default_collate, truncated=truncated
-        )
+    if isinstance(data, Iterable) and not isinstance(data, Mapping | str | bytes):
+        return _open_stream(data, collate)
     raise WorkloadError(
         f"The data are of type {type(data).__name__}. Pass tensors, a map-style dataset, a "
         "DataLoader, or an iterable of examples."
     )
 
 
-def _as_tensors(data: Any) -> Sequence[Tensor] | Mapping[str, Tensor] | None:
-    """The data as tensors when they are a tuple or dict of arrays, else None."""
-    if isinstance(data, Mapping) and data:
-        converted = {key: _as_tensor(value) for key, value in data.items()}
-        return None if any(v is None for v in converted.values()) else cast("Any", converted)
+def _open_stream(data: Iterable[Any], collate: Callable[[list[Any]], Any] | None) -> Examples:
+    stream = iter(data)
+    if stream is data:
+        raise WorkloadError(
+            f"The data are a {type(data).__name__}, which can be read only once. Pass an "
+            "object whose __iter__ starts again, or a list."
+        )
+    items = list(itertools.islice(stream, STREAM_EXAMPLES + 1))
+    truncated = len(items) > STREAM_EXAMPLES
+    return DatasetExamples(items[:STREAM_EXAMPLES], collate or default_collate, truncated=truncated)
+
+
+def _open_loader(loader: DataLoader[Any], collate: Callable[[list[Any]], Any] | None) -> Examples:
+    """The examples behind a DataLoader: its dataset, restricted as its sampler restricts it."""
+    remedy = "Pass the dataset itself, of single examples, and `collate` where it needs one."
+    if loader.batch_sampler is None:
+        raise WorkloadError(
+            "The DataLoader has batch_size=None: its dataset makes the batches, so their size "
+            f"cannot be chosen. {remedy}"
+        )
+    dataset: Any = loader.dataset
+    if not isinstance(dataset, IterableDataset):
+        if type(loader.batch_sampler) is not BatchSampler:
+            raise WorkloadError(
+                f"The DataLoader has a batch sampler of its own, "
+                f"{type(loader.batch_sampler).__name__}, which decides the batches. {remedy}"
+            )
+        dataset = _restrict(dataset, loader.sampler, remedy)
+    default = loader.collate_fn is default_collate
+    return _open(dataset, collate or (None if default else loader.collate_fn))
+
+
+def _restrict(dataset: Any, sampler: Any, remedy: str) -> Any:
+    """The part of a dataset that a sampler visits: a split made by sampler must stay a split."""
+    if type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler):
+        return dataset
+    if type(sampler) is SubsetRandomSampler:
+        return Subset(dataset, list(sampler.indices))
+    raise WorkloadError(
+        f"The DataLoader draws with {type(sampler).__name__}, which would be lost: rightbatch "
+        f"draws its own order. {remedy}"
+    )
+
+
+def _refuse_columns_of_lists(data: Any) -> None:
+    """A tuple of two lists means columns, but would be read as two examples."""
+    if isinstance(data, tuple) and data and all(isinstance(part, list) for part in data):
+        lengths = " and ".join(str(len(part)) for part in data)
+        raise WorkloadError(
+            f"The data are a tuple of lists, of lengths {lengths}. Pass tensors: "
+            "tuple(torch.tensor(part) for part in data)."
+        )
+
+
+def _length(dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError) as error:
+        raise WorkloadError(
+            f"The dataset {type(dataset).__name__} has no length ({error}). Give it a __len__, or "
+            "pass an iterable of examples."
+        ) from error
+
+
+def _as_tensors(data: Any) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor] | None:
+    """The data as tensors when they are an array, or a tuple or dict of arrays; else None."""
+    if isinstance(data, Mapping):
+        return _as_named_tensors(data) if data else ()
     if isinstance(data, tuple | list) and 0 < len(data) <= 8:
         tensors = [_as_tensor(value) for value in data]
         return None if any(v is None for v in tensors) else cast("Any", tuple(tensors))
-    return None
+    return _as_tensor(data)
+
+
+def _as_named_tensors(data: Mapping[Any, Any]) -> Mapping[str, Tensor]:
+    converted = {key: _as_tensor(value) for key, value in data.items()}
+    wrong = [
+        f"{key!r} is a {type(data[key]).__name__}" for key, v in converted.items() if v is None
+    ]
+    if wrong:
+        raise WorkloadError(
+            f"In the dict of data {', '.join(wrong)}. Every value must be a tensor whose first "
+            "dimension counts examples; for anything else pass a map-style dataset."
+        )
+    return cast("Any", converted)
 
 
 def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     # NumPy arrays (and what behaves like them) have a dtype and a shape; lists of numbers do not.
-    if hasattr(value, "__array__") and hasattr(value, "dtype") and getattr(value, "ndim", 0) > 0:
+    if not (hasattr(value, "__array__") and hasattr(value, "dtype") and getattr(value, "ndim", 0)):
+        return None
+    try:
         return torch.as_tensor(value)
-    return None
+    except TypeError as error:
+        raise WorkloadError(
+            f"An array of dtype {value.dtype} cannot become a tensor. Convert it to numbers first."
+        ) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rightbatch.errors import WorkloadError
+from rightbatch.workload.count import count_terms
 from rightbatch.workload.data import Examples, open_examples
 from rightbatch.workload.target import Target, parse_target
 
@@ -29,7 +30,8 @@ class Workload:
         train_data: Tensors, a map-style dataset, a DataLoader or an iterable of examples.
         val_data: The same for validation; optional.
         loss: `loss(outputs, targets)`, the mean over the examples of a batch
-            `(inputs, targets)`.
+            `(inputs, targets)` (over the tokens, where targets are integers of shape
+            (examples, tokens); those of -100 do not count, as in torch's cross_entropy).
         compute_loss: Instead of `loss`, for any other batch: `compute_loss(model, batch)`
             returns `(loss_sum, count)`: a scalar tensor summed over examples (or tokens) and how
             many were summed.
@@ -156,12 +158,12 @@ class Workload:
             batch: A batch as `train_examples.batch` returns it, on the model's device.
 
         Returns:
-            `(loss_sum, count)`: scalar tensor; number of examples, or of tokens where
-            `compute_loss` counts them.
+            `(loss_sum, count)`: scalar tensor; number of examples, or of tokens where the
+            targets are sequences or `compute_loss` counts tokens.
         """
         if self.compute_loss is not None:
             return self.compute_loss(model, batch)
         assert self.loss is not None  # by __post_init__
         inputs, targets = batch
-        count = len(targets)
+        count = count_terms(targets)
         return self.loss(model(inputs), targets) * count, count
