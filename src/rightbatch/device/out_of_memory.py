@@ -40,6 +40,11 @@ _TYPE_NAMES = {
     "ResourceExhaustedError": ("tensorflow",),
 }
 _WINDOWS_CODES = frozenset({8, 14, 1455})  # ERROR_NOT_ENOUGH_MEMORY, _OUTOFMEMORY, COMMITMENT_LIMIT
+_AMBIGUOUS = re.compile(
+    r"can't start new thread|Resource temporarily unavailable|failed to map segment"
+    r"|could not (create|execute) a (primitive|memory|stream|engine)",
+)
+_NO_ROOM_BYTES = 64 << 20  # a thread's stack is 8 MiB; a scratchpad may be larger
 _LAST_WORDS = re.compile(
     rf"{_RUNTIME_WORDINGS.pattern}|\bMemoryError\b|Memory allocation (still )?failed"
     r"|failed to map segment from shared object",
@@ -94,6 +99,29 @@ def last_words_mean_out_of_memory(text: str) -> bool:
         True
     """
     return _LAST_WORDS.search(text) is not None
+
+
+def is_starvation(exception: BaseException, room_bytes: int) -> bool:
+    """Whether an exception that may have several causes was caused by lack of memory.
+
+    A thread that cannot start, a library that cannot be mapped or a oneDNN primitive that cannot
+    be created say only that something could not be done. They mean memory when next to none was
+    left.
+
+    Args:
+        exception: What was raised.
+        room_bytes: What was left below the limit.
+
+    Returns:
+        True if memory ran out.
+
+    Example:
+        >>> is_starvation(RuntimeError("can't start new thread"), 1 << 20)
+        True
+        >>> is_starvation(RuntimeError("can't start new thread"), 1 << 30)
+        False
+    """
+    return room_bytes < _NO_ROOM_BYTES and _AMBIGUOUS.search(str(exception)) is not None
 
 
 def _says_so(exception: BaseException) -> bool:
