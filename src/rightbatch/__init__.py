@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
+    from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
+    from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.training import Run as Run
     from rightbatch.training import train as train
@@ -24,10 +27,24 @@ _HOME = {
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
     "load_workload": "rightbatch.catalog",
+    "measure_throughput": "rightbatch.probes.throughput",
+    "scale_learning_rate": "rightbatch.laws.scaling",
+    "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
 }
 
-__all__ = ["Recipe", "Run", "Workload", "accuracy", "check_workload", "load_workload", "train"]
+__all__ = [
+    "Recipe",
+    "Run",
+    "Workload",
+    "accuracy",
+    "check_workload",
+    "load_workload",
+    "measure_throughput",
+    "scale_learning_rate",
+    "split_batch",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
