@@ -11,6 +11,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from rightbatch.laws.estimate import Estimate
+from rightbatch.laws.gradient import (
+    best_learning_rate,
+    curvature_noise_scale,
+    gradient_variance,
+    predicted_cosine_squared,
+)
 from rightbatch.laws.linear_regression import (
     LinearRegression,
     gradient_norm_squared,
@@ -21,13 +27,9 @@ from rightbatch.laws.noise import (
     GradientSample,
     NoiseEstimate,
     NoiseSums,
-    best_learning_rate,
-    curvature_noise_scale,
     estimate_noise_scale,
-    gradient_variance,
     make_gradient_sample,
     micro_batch_moments,
-    predicted_cosine_squared,
     two_batch_moments,
 )
 

@@ -27,17 +27,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special  # pyright: ignore[reportMissingTypeStubs]
 
 from rightbatch.laws.estimate import Estimate, unresolved
+from rightbatch.laws.interval import accepted_ratios, student_quantile, symmetric
 
 Array = NDArray[np.float64]
-
-
-def _quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t."""
-    return float(special.stdtrit(freedom, 0.975))  # pyright: ignore[reportUnknownMemberType]
-
 
 MIN_GROUPS = 3
 """Micro-batches without which no interval can be given."""
@@ -345,11 +339,11 @@ def estimate_noise_scale(sample: GradientSample, *, method: str = "") -> NoiseEs
         method = "micro-batches" if sample.squared_sums is None else "per-example"
     norm_squared, trace = micro_batch_moments(sample)
     spread = _spread(sample, trace)
-    quantile = _quantile(groups - 1)
+    quantile = student_quantile(groups - 1)
     factor, n = sample.sampling_factor, sample.num_examples
     noise = 2 * spread.square * factor**2 + factor**2 * spread.trace_variance
     z = quantile**2
-    low, high = _accepted(
+    low, high = accepted_ratios(
         norm_squared,
         floor=z * noise,
         b=-2 * trace * norm_squared
@@ -371,47 +365,8 @@ def estimate_noise_scale(sample: GradientSample, *, method: str = "") -> NoiseEs
         gradient_norm_squared=Estimate(
             value=norm_squared, low=middle - root, high=middle + root, n=n, method=method
         ),
-        trace=_symmetric(trace, quantile * math.sqrt(spread.trace_variance), n, method),
+        trace=symmetric(trace, quantile * math.sqrt(spread.trace_variance), n, method),
     )
-
-
-def _symmetric(value: float, half_width: float, n: int, method: str) -> Estimate:
-    return Estimate(
-        value=value, low=value - half_width, high=value + half_width, n=n, method=method
-    )
-
-
-def _accepted(
-    denominator: float, *, floor: float, b: float, c: float
-) -> tuple[float | None, float | None]:
-    """The positive x with ax² + bx + c ≤ 0, where a = denominator² − floor.
-
-    A denominator that is far below 0 would reject every x; it is then taken to be at 0, where the
-    set is the unbounded one (no upper end).
-
-    Args:
-        denominator: Estimate of |G|².
-        floor: Quantile² × the part of its variance that does not depend on x.
-        b: Linear coefficient.
-        c: Constant coefficient.
-
-    Returns:
-        The ends; None for an end that the data do not bound.
-    """
-    if denominator <= 0:
-        # b holds −2·numerator·denominator; without that term the bound can only become lower.
-        a, b = -floor, min(b, 0.0)
-    else:
-        a = denominator**2 - floor
-    if a <= 0:
-        if c <= 0 or (a == 0 and b >= 0):
-            return None, None
-        # One positive root; the form 2c/(…) does not cancel when a is small.
-        return 2 * c / (-b + math.sqrt(b * b - 4 * a * c)), None
-    inside = math.sqrt(max(b * b - 4 * a * c, 0.0))
-    high = (-b + inside) / (2 * a)
-    low = 2 * c / (-b + inside) if c > 0 else 0.0
-    return max(low, 0.0), high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,9 +439,9 @@ class NoiseSums:
         var_norm = max(self.norm_squared_squares - n * norm_squared**2, 0.0) / scale
         var_trace = max(self.trace_squares - n * trace**2, 0.0) / scale
         covariance = (self.products - n * norm_squared * trace) / scale
-        quantile = _quantile(n - 1)
+        quantile = student_quantile(n - 1)
         z = quantile**2
-        low, high = _accepted(
+        low, high = accepted_ratios(
             norm_squared,
             floor=z * var_norm,
             b=-2 * trace * norm_squared + 2 * z * covariance,
@@ -496,88 +451,8 @@ class NoiseSums:
             noise_scale=unresolved(n, method, low=low)
             if high is None
             else Estimate(value=trace / norm_squared, low=low, high=high, n=n, method=method),
-            gradient_norm_squared=_symmetric(
+            gradient_norm_squared=symmetric(
                 norm_squared, quantile * math.sqrt(var_norm), n, method
             ),
-            trace=_symmetric(trace, quantile * math.sqrt(var_trace), n, method),
+            trace=symmetric(trace, quantile * math.sqrt(var_trace), n, method),
         )
-
-
-def gradient_variance(trace: float, *, global_batch: float, population: int | None = None) -> float:
-    """E|g_B − G|² = S(1/B − 1/N): its root, the standard error, has slope −½ until N matters.
-
-    Args:
-        trace: S.
-        global_batch: B.
-        population: N when drawn without replacement, else None.
-
-    Returns:
-        The variance; 0 at B = N.
-
-    Example:
-        >>> gradient_variance(6.0, global_batch=3, population=6)
-        1.0
-    """
-    return trace * (1 / global_batch - (0.0 if population is None else 1 / population))
-
-
-def predicted_cosine_squared(
-    noise_scale: float, *, global_batch: float, population: int | None = None
-) -> float:
-    """E cos²(g_B, G) ≈ 1/(1 + B_simple/B), in high effective dimension.
-
-    Args:
-        noise_scale: B_simple.
-        global_batch: B.
-        population: N when drawn without replacement, else None.
-
-    Returns:
-        The expected squared cosine between the batch's gradient and the full one.
-
-    Example:
-        >>> predicted_cosine_squared(30.0, global_batch=10)
-        0.25
-    """
-    return 1 / (
-        1 + gradient_variance(noise_scale, global_batch=global_batch, population=population)
-    )
-
-
-def curvature_noise_scale(hessian: ArrayLike, gradient: ArrayLike, covariance: ArrayLike) -> float:
-    """B_noise = tr(HΣ)/GᵀHG, the batch at which the best step is half the largest.
-
-    McCandlish et al. 2018, eq. 2.8. Equal to B_simple when H is a multiple of the identity.
-
-    Args:
-        hessian: H, shape (d, d).
-        gradient: G, shape (d,).
-        covariance: Σ, shape (d, d).
-
-    Returns:
-        The noise scale in examples.
-    """
-    h, g, sigma = (np.asarray(x, dtype=float) for x in (hessian, gradient, covariance))
-    return float(np.sum(h * sigma.T) / (g @ h @ g))
-
-
-def best_learning_rate(
-    max_learning_rate: float, *, noise_scale: float, global_batch: float
-) -> float:
-    """ε(B) = ε_max/(1 + B_noise/B): linear in B while B is small, flat beyond B_noise.
-
-    McCandlish et al. 2018, eq. 2.6. The gain of one step, ΔL(B) = ΔL_max/(1 + B_noise/B), has the
-    same form.
-
-    Args:
-        max_learning_rate: ε_max = |G|²/GᵀHG, the best step along the exact gradient.
-        noise_scale: B_noise.
-        global_batch: B.
-
-    Returns:
-        The best learning rate (or gain) at B.
-
-    Example:
-        >>> best_learning_rate(0.5, noise_scale=100, global_batch=100)
-        0.25
-    """
-    return max_learning_rate / (1 + noise_scale / global_batch)
