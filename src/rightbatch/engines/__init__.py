@@ -1,0 +1,6 @@
+"""Ways to run many small trainings fast: compiled (torch step lowered to JAX) and the plain loop."""
+
+from rightbatch.engines.copies import Copies, CopiesEvaluation
+from rightbatch.engines.make import make_copies
+
+__all__ = ["Copies", "CopiesEvaluation", "make_copies"]

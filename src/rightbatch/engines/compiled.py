@@ -1,0 +1,254 @@
+"""The compiled engine: all copies at once, in one JAX loop lowered from the torch model."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from torch import Tensor
+
+from rightbatch.engines.copies import (
+    BoolArray,
+    CopiesEvaluation,
+    EngineName,
+    FloatArray,
+    IntArray,
+    without_diverged,
+)
+from rightbatch.engines.lowering.dtypes import to_numpy, to_torch
+from rightbatch.engines.optimizers import OptimizerPlan, init_state, read_optimizer
+from rightbatch.engines.program import Carry, Compiler, Program, new_carry
+from rightbatch.engines.trace import named_tensors
+from rightbatch.engines.unsupported import Unsupported
+from rightbatch.recipe import Recipe
+from rightbatch.training import Training, epoch_order
+from rightbatch.workload import Workload
+
+_MAX_ORDER_BYTES = 64 * 2**20
+_STEPS_PER_CALL = 4096
+_VERIFIED_STEPS = 3
+_compilers: WeakKeyDictionary[Workload, Compiler | Unsupported] = WeakKeyDictionary()
+
+
+def compiler_of(workload: Workload) -> Compiler:
+    """The compiler of a workload, made at the first call.
+
+    Raises:
+        Unsupported: If the workload cannot be compiled at any batch size.
+    """
+    if workload not in _compilers:
+        try:
+            _compilers[workload] = Compiler(workload)
+        except Unsupported as reason:
+            _compilers[workload] = reason
+    found = _compilers[workload]
+    if isinstance(found, Unsupported):
+        raise Unsupported(str(found))
+    return found
+
+
+class CompiledCopies:
+    """Copies that are trained at once by a compiled loop.
+
+    Args:
+        workload: What to train.
+        global_batch: Examples per update.
+        learning_rates: Shape (copies,).
+        seeds: Shape (copies,).
+        reason: Why this engine was taken.
+
+    Raises:
+        Unsupported: If the workload cannot be compiled, or the compiled loop disagrees with torch
+            in its first steps.
+    """
+
+    engine: EngineName = "compiled"
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        global_batch: int,
+        learning_rates: FloatArray,
+        seeds: IntArray,
+        reason: str,
+    ) -> None:
+        self.learning_rates = learning_rates
+        self.seeds = seeds
+        self.reason = reason
+        self.steps = 0
+        self._compiler = compiler_of(workload)
+        self._program = self._compiler.program(workload, global_batch)
+        model = workload.build_model(0)
+        trained = self._compiler.layout.trained
+        self._plan = read_optimizer(workload, model, trained, learning_rates)
+        self._dtypes = {name: t.dtype for name, t in named_tensors(model).items()}
+        self._held = _slots(len(seeds))
+        self._losses_since = 0
+        self._orders: tuple[tuple[int, ...], np.ndarray[Any, Any]] | None = None
+        self._carry = self._initial_carry(workload)
+        if not self._program.verified:
+            self._verify(workload, global_batch)
+            self._carry = self._initial_carry(workload)
+            self.steps = self._losses_since = 0
+            self._program.verified = True
+
+    def advance(self, num_steps: int) -> None:
+        """Does `num_steps` updates of every copy that has not diverged."""
+        if len(self.seeds) == 0:
+            self.steps += num_steps
+            return
+        per_epoch = self._program.steps_per_epoch
+        seeds, which = np.unique(self._padded(self.seeds), return_inverse=True)
+        epochs_per_call = self._epochs_per_call(len(seeds))
+        done = 0
+        while done < num_steps:
+            epoch, first = divmod(self.steps, per_epoch)
+            count = min(num_steps - done, epochs_per_call * per_epoch - first)
+            touched, last = divmod(first + count - 1, per_epoch)
+            orders = self._epoch_orders(seeds, epoch, touched + 1, epochs_per_call)
+            self._carry = self._program.run(
+                self._plan.groups,
+                self._carry,
+                orders,
+                which.astype(np.int32),
+                (touched + 1, first, last + 1),
+            )
+            self.steps += count
+            done += count
+        self._losses_since += num_steps
+
+    def evaluate(self) -> CopiesEvaluation:
+        """Evaluates every copy on the validation set and closes the training-loss interval."""
+        count = len(self.seeds)
+        diverged: BoolArray = np.array(self._carry["diverged"])[:count]
+        train_loss = np.full(count, np.nan)
+        if self._losses_since:
+            sums = np.array(self._carry["loss_sum"], np.float64)
+            sums -= np.array(self._carry["loss_rest"], np.float64)
+            train_loss = np.where(diverged, np.nan, sums[:count] / self._losses_since)
+        zeros = jnp.zeros_like(self._carry["loss_sum"])
+        self._carry = {**self._carry, "loss_sum": zeros, "loss_rest": jnp.copy(zeros)}
+        self._losses_since = 0
+        val_loss, val_metric = self._validate()
+        return CopiesEvaluation(
+            train_loss=train_loss,
+            val_loss=without_diverged(val_loss, diverged),
+            val_metric=without_diverged(val_metric, diverged),
+            diverged=diverged,
+        )
+
+    def keep(self, mask: Any) -> None:
+        """Retires the copies whose entry in `mask` (bool, shape (copies,)) is false."""
+        kept = np.flatnonzero(np.asarray(mask, dtype=np.bool_))
+        self.learning_rates = self.learning_rates[kept]
+        self.seeds = self.seeds[kept]
+        if len(kept) == 0:
+            return
+        self._held = _slots(len(kept))
+        rows = jnp.asarray(self._padded(kept))
+        step = self._carry["step"]
+        self._carry = jax.tree.map(lambda x: x if x.ndim == 0 else x[rows], self._carry)
+        self._carry["step"] = step
+
+    def state_dict(self, copy_index: int) -> dict[str, Tensor]:
+        """Weights and buffers of one copy (an index into the copies still held)."""
+        index = range(len(self.seeds))[copy_index]
+        layout = self._compiler.layout
+        values = dict(zip(layout.trained, self._carry["trained"], strict=True))
+        values.update(zip(layout.carried, self._carry["carried"], strict=True))
+        return {
+            key: to_torch(values[name][index], self._dtypes[name])
+            for key, name in layout.names.items()
+        }
+
+    def _padded(self, values: Any) -> Any:
+        """Values per copy, the first repeated until all slots are filled."""
+        missing = self._held - len(values)
+        return np.concatenate([values, np.repeat(values[:1], missing)])
+
+    def _initial_carry(self, workload: Workload) -> Carry:
+        layout = self._compiler.layout
+        seeds, which = np.unique(self._padded(self.seeds), return_inverse=True)
+        held = [named_tensors(workload.build_model(int(seed))) for seed in seeds]
+
+        def stack(names: tuple[str, ...]) -> list[Any]:
+            return [jnp.asarray(np.stack([to_numpy(h[n]) for h in held])[which]) for n in names]
+
+        trained = stack(layout.trained)
+        plan = self._plan
+        return new_carry(
+            trained,
+            stack(layout.carried),
+            init_state(plan.groups, trained),
+            self._per_group(plan, plan.learning_rates),
+            self._per_group(plan, plan.decays),
+        )
+
+    def _per_group(self, plan: OptimizerPlan, values: FloatArray) -> list[Any]:
+        rows = [self._padded(values[g]) for g in range(len(plan.groups))]
+        return [jnp.asarray(row, jnp.float32) for row in rows]
+
+    def _epochs_per_call(self, num_seeds: int) -> int:
+        wanted = -(-_STEPS_PER_CALL // self._program.steps_per_epoch)
+        fitting = _MAX_ORDER_BYTES // (4 * num_seeds * self._program.num_examples)
+        return max(1, min(wanted, fitting))
+
+    def _epoch_orders(
+        self, seeds: IntArray, epoch: int, touched: int, capacity: int
+    ) -> np.ndarray[Any, Any]:
+        """Orders of the epochs from `epoch` on, int32, shape (capacity, seeds, examples)."""
+        key = (epoch, touched, capacity, *seeds.tolist())
+        if self._orders is None or self._orders[0] != key:
+            num_examples = self._program.num_examples
+            orders = np.zeros((capacity, len(seeds), num_examples), np.int32)
+            for e in range(touched):
+                for s, seed in enumerate(seeds):
+                    orders[e, s] = epoch_order(num_examples, seed=int(seed), epoch=epoch + e)
+            self._orders = key, orders
+        return self._orders[1]
+
+    def _validate(self) -> tuple[FloatArray | None, FloatArray | None]:
+        evaluator = self._compiler.evaluator
+        if evaluator is None:
+            return None, None
+        if len(self.seeds) == 0:
+            return np.zeros(0), np.zeros(0) if evaluator.has_metric else None
+        sums = [np.array(s, np.float64).sum(axis=0) for s in evaluator(self._carry)]
+        count = len(self.seeds)
+        metric = sums[2][:count] / evaluator.num_examples if evaluator.has_metric else None
+        return sums[0][:count] / sums[1][:count], metric
+
+    def _verify(self, workload: Workload, global_batch: int) -> None:
+        """Compares the first steps' losses with torch's, for the copy with the smallest rate."""
+        copy = int(np.argmin(self.learning_rates))
+        recipe = Recipe(global_batch=global_batch, learning_rate=float(self.learning_rates[copy]))
+        training = Training(workload, recipe, seed=int(self.seeds[copy]))
+        for _ in range(_VERIFIED_STEPS):
+            training.advance(1)
+            self.advance(1)
+            theirs, ours = training.evaluate(), self.evaluate()
+            pairs = [(theirs.train_loss, ours.train_loss)]
+            if theirs.val_loss is not None and ours.val_loss is not None:
+                pairs.append((theirs.val_loss, ours.val_loss))
+            for their, our in pairs:
+                if not training.diverged and not _close(float(our[copy]), float(their)):
+                    raise Unsupported(
+                        f"after {self.steps} steps the compiled loss is {our[copy]:.6g} and "
+                        f"torch's is {their:.6g}"
+                    )
+
+
+def _close(ours: float, theirs: float) -> bool:
+    return abs(ours - theirs) <= 1e-3 * abs(theirs) + 1e-6
+
+
+def _slots(num_copies: int) -> int:
+    """Room for copies: the next 2ᵏ or 3·2ᵏ, so that few sizes are ever compiled."""
+    size = 1
+    while size < num_copies:
+        size = size * 4 // 3 if size % 3 == 0 else max(2, size * 3 // 2)
+    return size
