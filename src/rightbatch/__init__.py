@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
     from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
     from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.training import Run as Run
@@ -27,6 +28,7 @@ _HOME = {
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
     "load_workload": "rightbatch.catalog",
+    "measure_noise_scale": "rightbatch.probes.noise",
     "measure_throughput": "rightbatch.probes.throughput",
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
@@ -40,6 +42,7 @@ __all__ = [
     "accuracy",
     "check_workload",
     "load_workload",
+    "measure_noise_scale",
     "measure_throughput",
     "scale_learning_rate",
     "split_batch",

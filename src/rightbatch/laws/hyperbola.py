@@ -239,10 +239,10 @@ def _refined(grid: Array, losses: Array) -> Array:
     before: Array = losses[rows, index - 1]
     here: Array = losses[rows, index]
     after: Array = losses[rows, index + 1]
-    bend = before - 2 * here + after
-    shift = np.where(bend > 0, (before - after) / np.where(bend > 0, 2 * bend, 1.0), 0.0)
-    found = grid[index] + np.clip(shift, -1, 1) * (grid[1] - grid[0])
-    edge = np.argmin(losses, axis=1)
+    bend: Array = before - 2 * here + after
+    shift: Array = np.where(bend > 0, (before - after) / np.where(bend > 0, 2 * bend, 1.0), 0.0)
+    found: Array = grid[index] + np.clip(shift, -1, 1) * (grid[1] - grid[0])
+    edge: NDArray[np.intp] = np.argmin(losses, axis=1)
     return np.where(edge == 0, grid[0], np.where(edge == len(grid) - 1, grid[-1], found))
 
 
@@ -308,16 +308,13 @@ def _summarise(
     critical = Estimate(value=value if found else None, low=low, high=high, n=n, method=method)
     # The level belongs to the nearest grid point; the steps at the fitted B_c follow from it.
     curve = np.log1p(value / data.batches)
-    level = float(np.mean(central.filled[0] - curve))
-    levels = np.array(
-        [
-            np.mean(filled - np.log1p(np.exp(log - data.log_batch)))
-            for filled, log in zip(boot.filled, logs, strict=True)
-        ]
-    )
+    filled: Array = central.filled[0]
+    level = float(np.mean(filled - curve))
+    curves = np.log1p(np.exp(logs[:, None] - data.log_batch[None, :]))
+    levels: Array = (boot.filled - curves).mean(axis=1)
     steps = _from_logs(level, levels, n=n, known=high is not None)
     examples = _from_logs(level + math.log(value), levels + logs, n=n, known=low is not None)
-    residuals = central.filled[0] - level - curve
+    residuals: Array = filled - level - curve
     return HyperbolaFit(
         critical_batch=critical,
         min_steps=steps,

@@ -33,6 +33,8 @@ from rightbatch.laws.interval import accepted_ratios, student_quantile, symmetri
 
 Array = NDArray[np.float64]
 
+RESOLUTION = 1e-12
+"""|G|² below this share of S is rounding of single-precision gradients, whatever the sample."""
 MIN_GROUPS = 3
 """Micro-batches without which no interval can be given."""
 
@@ -345,7 +347,7 @@ def estimate_noise_scale(sample: GradientSample, *, method: str = "") -> NoiseEs
     z = quantile**2
     low, high = accepted_ratios(
         norm_squared,
-        floor=z * noise,
+        floor=z * noise + (RESOLUTION * trace) ** 2,
         b=-2 * trace * norm_squared
         + 2 * z * spread.covariance
         - 4 * z * trace * spread.along * factor,
