@@ -1,0 +1,213 @@
+"""Find the largest size that fits, by running few sizes, and answer only with one that ran.
+
+The search knows three things: sizes that fitted, sizes that did not, and, where memory is measured,
+each fitting size's peak. Fitting is taken to be monotone. So the truth lies in [lo, hi − 1], where
+lo is the largest size that fitted and hi the smallest that did not; with lo ≥ 90 % of hi − 1 the
+answer lo is *proven* to be good enough, whatever the law of memory is.
+
+The law only chooses where to look, by the secant through the last two fitting sizes:
+
+1. a small size; the secant from what is fixed (libraries, data, parameters, optimizer state) leads
+   to a second size;
+2. a little below the predicted ceiling, so that the answer keeps some headroom; in the geometric
+   middle of what is possible, as long as the noise of an allocator leaves much possible;
+3. just above lo / 0.9, whose failure proves the answer;
+4. wherever a failure has refuted the law, the geometric middle of lo and hi.
+
+Without peaks it is doubling, then the geometric middle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rightbatch.errors import UsageError
+
+ALLOCATOR_NOISE_BYTES = 1 << 20
+_AIM = 0.97
+_VAGUE = 1.5
+_STRIDE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One size that was run.
+
+    Attributes:
+        size: Examples.
+        fits: Whether it ran within the limit.
+        peak_bytes: Its peak memory, where it fitted and was measured.
+        fixed_bytes: How much of it is known not to depend on the size (a lower bound).
+    """
+
+    size: int
+    fits: bool
+    peak_bytes: int | None = None
+    fixed_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CeilingSearch:
+    """Where to look next: a pure function of the trials so far.
+
+    Attributes:
+        max_size: The largest size that makes sense (the number of examples).
+        start: The first size. Default: 8, or `max_size` if smaller.
+        limit_bytes: The memory limit, where peaks are measured.
+        base_bytes: Memory before anything was built, where known.
+        exact: Go on until the size above the answer has failed.
+        tolerance: Without `exact`, how near the answer must be to the largest that may fit.
+        max_trials: Without `exact`, stop after so many trials if one fitted; None: never.
+
+    Raises:
+        UsageError: If a size or the tolerance is out of range.
+    """
+
+    max_size: int
+    start: int | None = None
+    limit_bytes: int | None = None
+    base_bytes: int | None = None
+    exact: bool = False
+    tolerance: float = 0.9
+    max_trials: int | None = 6
+
+    def __post_init__(self) -> None:
+        if self.max_size < 1:
+            raise UsageError(f"max_size is {self.max_size}; it must be at least 1.")
+        if self.start is not None and self.start < 1:
+            raise UsageError(f"start is {self.start}; it must be at least 1.")
+        if not 0 < self.tolerance <= 1:
+            raise UsageError(f"tolerance is {self.tolerance}; it must be above 0 and at most 1.")
+
+    def proven(self, trials: Sequence[Trial]) -> bool:
+        """Whether the trials prove the answer to be within the tolerance of the truth.
+
+        Args:
+            trials: So far.
+
+        Returns:
+            True if so.
+        """
+        lo, hi = bracket(trials, self.max_size)
+        return lo >= hi - 1 or (not self.exact and 0 < self.tolerance * (hi - 1) <= lo)
+
+    def next_size(self, trials: Sequence[Trial]) -> int | None:
+        """The size to run next.
+
+        Args:
+            trials: So far, in any order.
+
+        Returns:
+            A size that has not been run, in [1, max_size]; or None when the search is over.
+
+        Example:
+            >>> search = CeilingSearch(max_size=100, limit_bytes=8 << 30, base_bytes=0)
+            >>> search.next_size([])
+            8
+            >>> search.next_size([Trial(size=8, fits=True, peak_bytes=1 << 30)])
+            63
+        """
+        lo, hi = bracket(trials, self.max_size)
+        if self.proven(trials):
+            return None
+        if lo == 0:
+            return self._first_or_smaller(trials, hi)
+        if not self.exact and self.max_trials is not None and len(trials) >= self.max_trials:
+            return None
+        return min(max(self._wanted(trials, lo, hi), lo + 1), hi - 1)
+
+    def _first_or_smaller(self, trials: Sequence[Trial], hi: int) -> int:
+        if not trials:
+            return min(self.start or 8, self.max_size)
+        return max(1, math.isqrt(hi - 1))
+
+    def _wanted(self, trials: Sequence[Trial], lo: int, hi: int) -> int:
+        failed = hi <= self.max_size
+        if failed and lo >= self.tolerance * (hi - 1):  # near enough, so `exact`
+            return (lo + hi) // 2
+        prediction = self._predict(trials)
+        if prediction is None:
+            return _middle(lo, hi) if failed else 2 * lo
+        low, likely, high = prediction
+        if failed and (likely >= hi or high > _VAGUE * low):  # the law is refuted, or too weak
+            return _middle(lo, hi)
+        if len(_peaks(trials)) == 1:
+            return math.floor(low) if failed else max(2 * lo, math.floor(low))
+        if high > _VAGUE * low:
+            return math.isqrt(math.floor(low * high))
+        return max(math.floor(_AIM * likely), math.floor(lo / self.tolerance) + 1)
+
+    def _predict(self, trials: Sequence[Trial]) -> tuple[float, float, float] | None:
+        """The ceiling on the secant through the last two fitting sizes: low, likely, high.
+
+        Low and high allow for the noise of both peaks; nothing is expected beyond `_STRIDE` times
+        the largest size that ran.
+
+        Returns:
+            Sizes; None without two points to draw a secant through.
+        """
+        points = _peaks(trials)
+        fixed = max((t.fixed_bytes or 0 for t in trials), default=0) or self.base_bytes
+        if fixed is not None:
+            points = [(0, fixed), *points]
+        if self.limit_bytes is None or len(points) < 2:
+            return None
+        (size_0, peak_0), (size_1, peak_1) = points[-2:]
+        room, run = max(0, self.limit_bytes - peak_1), size_1 - size_0
+
+        def ceiling(rise: float) -> float:
+            reach = room * run / rise if rise > 0 else math.inf
+            return min(size_1 + reach, _STRIDE * size_1)
+
+        rise = peak_1 - peak_0
+        noise = ALLOCATOR_NOISE_BYTES
+        return ceiling(rise + noise), ceiling(rise), ceiling(rise - noise)
+
+
+def _peaks(trials: Iterable[Trial]) -> list[tuple[int, int]]:
+    return sorted((t.size, t.peak_bytes) for t in trials if t.fits and t.peak_bytes)
+
+
+def bracket(trials: Iterable[Trial], max_size: int) -> tuple[int, int]:
+    """What the trials say about the ceiling.
+
+    Args:
+        trials: So far.
+        max_size: The largest size that makes sense.
+
+    Returns:
+        `(lo, hi)`: the largest size that fitted (0: none), and the smallest that did not
+        (`max_size + 1`: none). A size that fitted above one that did not does not count.
+    """
+    trials = list(trials)
+    hi = min((t.size for t in trials if not t.fits), default=max_size + 1)
+    lo = max((t.size for t in trials if t.fits and t.size < hi), default=0)
+    return lo, hi
+
+
+def find_ceiling(search: CeilingSearch, run: Callable[[int], Trial]) -> list[Trial]:
+    """Runs a search to its end.
+
+    Args:
+        search: Decides the sizes.
+        run: Runs one size.
+
+    Returns:
+        All trials, in the order in which they were run. `bracket` tells the answer.
+
+    Example:
+        >>> search = CeilingSearch(max_size=100, exact=True)
+        >>> trials = find_ceiling(search, lambda n: Trial(size=n, fits=n <= 90))
+        >>> bracket(trials, 100)
+        (90, 91)
+    """
+    trials: list[Trial] = []
+    while (size := search.next_size(trials)) is not None:
+        trials.append(run(size))
+    return trials
+
+
+def _middle(lo: int, hi: int) -> int:
+    return math.isqrt(lo * hi)
