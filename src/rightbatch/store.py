@@ -147,6 +147,10 @@ def read_record(path: str | Path, record_type: type[T], *, schema: str) -> T:
     """
     content = decode(Path(path).read_bytes(), source=str(path))
     _check_schema(str(content.pop("schema", None)), schema, str(path))
+    return _validate(content, record_type, schema, path)
+
+
+def _validate(content: Any, record_type: type[T], schema: str, path: str | Path) -> T:
     adapter = TypeAdapter(record_type)
     try:
         record = adapter.validate_python(content)
@@ -164,6 +168,29 @@ def read_record(path: str | Path, record_type: type[T], *, schema: str) -> T:
             "of rightbatch. Make it again."
         )
     return record
+
+
+def read_part(path: str | Path, part: str, part_type: type[T], *, schema: str) -> T:
+    """Reads one nested record of a record file, such as the recipe of a plan.
+
+    Args:
+        path: The file.
+        part: The field that holds it.
+        part_type: The dataclass of that field.
+        schema: The schema that is expected of the whole file.
+
+    Returns:
+        The nested record.
+
+    Raises:
+        CorruptStateError: If the file is not what was written, or has no such field.
+        UsageError: If the file holds another kind of record, or another version of it.
+    """
+    content = decode(Path(path).read_bytes(), source=str(path))
+    _check_schema(str(content.pop("schema", None)), schema, str(path))
+    if part not in content:
+        raise CorruptStateError(f"{path} is a {schema} without {part!r}. Make it again.")
+    return _validate(content[part], part_type, schema, path)
 
 
 def _check_schema(found: str, wanted: str, path: str) -> None:

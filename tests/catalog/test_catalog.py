@@ -45,7 +45,7 @@ def test_the_list_says_what_the_workload_is(workload: Workload) -> None:
     assert workload.target == entry.target
     optimizer = workload.make_optimizer(workload.build_model(0).parameters(), 0.1)
     assert type(optimizer).__name__ == entry.optimizer.split(",")[0]
-    assert 0 < len(entry.description) <= 78
+    assert 0 < len(entry.description) <= 65
     assert "\n" not in entry.description
 
 

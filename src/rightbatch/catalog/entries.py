@@ -65,7 +65,7 @@ _ENTRIES = (
         num_examples=354,
         optimizer="SGD",
         target="val_loss<=0.54",
-        description="disease progression from 10 measurements (regression); 10-16-1 tanh network",
+        description="disease progression, a regression; 10-16-1 tanh network",
     ),
     Entry(
         name="source-lm",
@@ -73,7 +73,7 @@ _ENTRIES = (
         num_examples=4096,
         optimizer="AdamW",
         target="val_loss<=1.9",
-        description="next byte of Python's own library; causal transformer, 2 layers of 32",
+        description="next byte of Python's library; causal transformer, 2 layers",
     ),
     Entry(
         name="quadratic",

@@ -1,0 +1,204 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rightbatch.cli.output import Output
+
+app = typer.Typer(
+    name="rightbatch",
+    help=(
+        "Finds the batch size and learning rate a neural network should be trained with, shows "
+        "why, and trains with it.\n\n"
+        "WORKLOAD is a built-in name (see `rightbatch workloads`), path/to/file.py:name or "
+        "package.module:name."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+probe_app = typer.Typer(
+    help="Measures one thing about a workload and leaves no trace.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(probe_app, name="probe")
+
+Goal = Literal["time", "examples", "steps", "quality"]
+Effort = Literal["auto", "probe", "race"]
+WorkloadArgument = Annotated[
+    str, typer.Argument(metavar="WORKLOAD", help="Catalog name, file.py:name or module:name.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, …")]
+SeedOption = Annotated[int, typer.Option(help="Decides weights, data order and draws.")]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory", help="Memory limit, such as 8GiB. Default: what is free.")
+]
+BudgetOption = Annotated[
+    str | None, typer.Option(help="About how long it may take, such as 30s or 2min.")
+]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="The global batch.")]
+
+
+@app.command()
+def workloads(as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Lists the built-in workloads."""
+    from rightbatch.cli.render_workloads import workloads_json, workloads_text
+
+    output = Output(as_json=as_json, quiet=quiet)
+    output.result(workloads_text, workloads_json)
+
+
+@app.command()
+def train(
+    workload: WorkloadArgument,
+    plan: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Train with the recipe of this plan."),
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Examples per update: a number, or full.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="With --batch-size.")] = None,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the training set.")] = 10,
+    until_target: Annotated[
+        bool, typer.Option("--until-target", help="Stop where the target is met.")
+    ] = False,
+    seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Trains a workload with a plan's recipe, or with a batch size and learning rate."""
+    from rightbatch.cli import run_train
+
+    return run_train.run(
+        Output(as_json=as_json, quiet=quiet),
+        workload,
+        recipe=run_train.RecipeChoice(plan, batch_size, learning_rate),
+        epochs=epochs,
+        until_target=until_target,
+        seed=seed,
+        device=device,
+    )
+
+
+@app.command()
+def plan(
+    workload: Annotated[
+        str | None, typer.Argument(metavar="WORKLOAD", help="Not needed with --replay.")
+    ] = None,
+    goal: Annotated[Goal, typer.Option(help="What should be least; quality: best.")] = "time",
+    effort: Annotated[Effort, typer.Option(help="How much to try out.")] = "auto",
+    budget: BudgetOption = "2min",
+    target: Annotated[
+        str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
+    ] = None,
+    memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Write the plan and its evidence.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Recompute a plan from its evidence."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Finds the batch size and learning rate, and shows why."""
+    from rightbatch.cli import run_plan
+
+    output = Output(as_json=as_json, quiet=quiet)
+    if replay is not None:
+        return run_plan.replay(output, replay)
+    if workload is None:
+        raise typer.BadParameter("Name a WORKLOAD, or pass --replay plan.json.")
+    return run_plan.run(
+        output,
+        workload,
+        out=out,
+        memory=memory,
+        goal=goal,
+        effort=effort,
+        budget=budget,
+        target=target,
+        device=device,
+    )
+
+
+@probe_app.command("memory")
+def probe_memory(
+    workload: WorkloadArgument,
+    memory: MemoryOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """The largest micro-batch that fits, and what the memory is used for."""
+    from rightbatch.cli.units import parse_bytes
+
+    limit = None if memory is None else parse_bytes(memory)
+    return _probe("memory", workload, device, as_json, quiet, memory_limit=limit)
+
+
+@probe_app.command("throughput")
+def probe_throughput(
+    workload: WorkloadArgument,
+    budget: BudgetOption = None,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Seconds per step against micro-batch, and where throughput stops growing."""
+    options = _seconds("budget_seconds", budget)
+    return _probe("throughput", workload, device, as_json, quiet, seed=seed, **options)
+
+
+@probe_app.command("noise")
+def probe_noise(
+    workload: WorkloadArgument,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """The gradient noise scale B_simple, at the start and along a short training."""
+    return _probe("noise", workload, device, as_json, quiet, seed=seed)
+
+
+@probe_app.command("learning-rate")
+def probe_learning_rate(
+    workload: WorkloadArgument,
+    batch_size: BatchOption = 32,
+    device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """A learning-rate range test at one batch size."""
+    return _probe(
+        "learning-rate", workload, device, as_json, quiet, seed=seed, global_batch=batch_size
+    )
+
+
+def _probe(
+    kind: str, workload: str, device: str, as_json: bool, quiet: bool, **options: Any
+) -> int:
+    from rightbatch.cli import run_probe
+
+    output = Output(as_json=as_json, quiet=quiet)
+    return run_probe.run(output, kind, workload, device=device, **options)
+
+
+def _seconds(name: str, text: str | None) -> dict[str, float]:
+    from rightbatch.cli.units import parse_seconds
+
+    return {} if text is None else {name: parse_seconds(text)}

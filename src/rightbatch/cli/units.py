@@ -1,0 +1,156 @@
+"""Durations and amounts of memory as people type them, and numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+
+from rightbatch.errors import UsageError
+from rightbatch.laws.estimate import Estimate
+
+_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
+_BYTES = {
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+}
+_QUANTITY = re.compile(r"\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*")
+
+
+def parse_seconds(text: str) -> float:
+    """Reads a duration.
+
+    Args:
+        text: Such as `30s`, `2min`, `1.5h`, or a number of seconds.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        UsageError: If it is none, or not positive.
+
+    Example:
+        >>> parse_seconds("2min")
+        120.0
+    """
+    return _parse(text, _SECONDS, "duration", "30s, 2min or 1h", "s")
+
+
+def parse_bytes(text: str) -> int:
+    """Reads an amount of memory.
+
+    Args:
+        text: Such as `8GiB`, `500MB`, or a number of bytes.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        UsageError: If it is none, or not positive.
+
+    Example:
+        >>> parse_bytes("1.5KiB")
+        1536
+    """
+    return int(_parse(text, _BYTES, "amount of memory", "8GiB, 500MiB or 4GB", "b"))
+
+
+def _parse(text: str, units: dict[str, float], what: str, examples: str, default: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    factor = None if match is None else units.get(match["unit"].lower() or default)
+    if match is None or factor is None or float(match["number"]) == 0:
+        raise UsageError(f"{text!r} is no {what}. Write it like {examples}.")
+    return float(match["number"]) * factor
+
+
+def show_number(value: float | None) -> str:
+    """A number with three significant digits; whole numbers below a million in full.
+
+    Args:
+        value: The number, or None.
+
+    Returns:
+        Such as `0.123`, `1,234`, `1.2e-05`, or `?` for None.
+
+    Example:
+        >>> [show_number(x) for x in (0.12345, 1234, 12345.6, 1.2e-5, 3.0, None)]
+        ['0.123', '1,234', '12,346', '1.2e-05', '3', '?']
+    """
+    if value is None:
+        return "?"
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}"
+    if 100 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def show_seconds(seconds: float | None) -> str:
+    """A duration with its unit.
+
+    Args:
+        seconds: The duration, or None.
+
+    Returns:
+        Such as `1.25 ms`, `3.2 s`, `2 min 5 s`.
+
+    Example:
+        >>> [show_seconds(x) for x in (4.2e-6, 0.00125, 3.21, 125, 7300, None)]
+        ['4.2 µs', '1.25 ms', '3.21 s', '2 min 5 s', '2 h 2 min', '?']
+    """
+    if seconds is None:
+        return "?"
+    if abs(seconds) < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
+    if abs(seconds) < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if abs(seconds) < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def show_bytes(num_bytes: float | None) -> str:
+    """An amount of memory with its unit.
+
+    Args:
+        num_bytes: Bytes, or None.
+
+    Returns:
+        Such as `512 B`, `1.5 KiB`, `7.8 GiB`.
+
+    Example:
+        >>> [show_bytes(x) for x in (512, 1536, 8.4e9, None)]
+        ['512 B', '1.5 KiB', '7.82 GiB', '?']
+    """
+    if num_bytes is None:
+        return "?"
+    value, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}"
+
+
+def show_interval(estimate: Estimate) -> str:
+    """The interval of an estimate, in words where a side is open.
+
+    Args:
+        estimate: The estimate.
+
+    Returns:
+        Such as `10.2–13.9`, `at least 4`, `unresolved`.
+
+    Example:
+        >>> show_interval(Estimate(value=12.0, low=10.2, high=13.94, n=5))
+        '10.2–13.9'
+        >>> show_interval(Estimate(value=None, low=4.0, n=5))
+        'at least 4'
+    """
+    if not estimate.low and estimate.high is None:
+        return "no interval" if estimate.resolved else "unresolved"
+    if estimate.high is None:
+        return f"at least {show_number(estimate.low)}"
+    if estimate.low is None:
+        return f"at most {show_number(estimate.high)}"
+    return f"{show_number(estimate.low)}–{show_number(estimate.high)}"
