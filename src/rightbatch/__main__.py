@@ -1,8 +1,6 @@
 """`python -m rightbatch` is the command line."""
 
-import sys
-
-from rightbatch.cli import main
+from rightbatch.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit()

@@ -4,6 +4,6 @@ Results go to standard output, everything else to standard error. Nothing here i
 a command needs it, so that `rightbatch --help` is instant.
 """
 
-from rightbatch.cli.main import main
+from rightbatch.cli.entry import main, run_and_exit
 
-__all__ = ["main"]
+__all__ = ["main", "run_and_exit"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,11 @@ class Output:
             text = as_text().rstrip()
         # Names of workloads come from users; what the terminal cannot show must not end the run.
         encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, errors="replace").decode(encoding))  # noqa: T201
+        try:
+            print(text.encode(encoding, errors="replace").decode(encoding), flush=True)  # noqa: T201
+        except BrokenPipeError:
+            # The reader, such as `head`, has seen enough. Python would try again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[..., None]]:

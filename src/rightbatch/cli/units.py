@@ -95,7 +95,7 @@ def show_seconds(seconds: float | None) -> str:
 
     Example:
         >>> [show_seconds(x) for x in (4.2e-6, 0.00125, 3.21, 125, 7300, None)]
-        ['4.2 µs', '1.25 ms', '3.21 s', '2 min 5 s', '2 h 2 min', '?']
+        ['4.2 µs', '1.25 ms', '3.21 s', '2 min 5 s', '2 h 1 min', '?']
     """
     if seconds is None:
         return "?"

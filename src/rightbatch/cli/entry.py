@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -36,6 +37,20 @@ class _Interruption:
         raise KeyboardInterrupt
 
 
+def run_and_exit() -> NoReturn:
+    """Runs the process's command and ends the process with its exit code."""
+    code = main()
+    if code in _SIGNALS.values():
+        # Taking torch apart can last seconds; who interrupts wants the prompt. What others
+        # registered for the end (temporary folders, child processes) is still done.
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -48,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     interruption = _Interruption()
     with _signals_raise(interruption):
         code = _run(arguments)
-    # A command that was interrupted may still have printed what it had.
+    # A command that was interrupted may still have printed what it had, and ended well.
     return interruption.exit_code or code
 
 
@@ -64,18 +79,15 @@ def _run(arguments: Sequence[str] | None) -> int:
         error.show()
         return 2 if isinstance(error, _UsageError) else 1
     except (KeyboardInterrupt, typer.Abort):
-        _say("Interrupted.")
-        return 130
+        result = 130
     except RightbatchError as error:
         _say(str(error))
         return error.exit_code
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         _say(str(error))
         return 1
+    if result == 130:  # Typer itself turns KeyboardInterrupt into this.
+        _say("Interrupted.")
     return result if isinstance(result, int) else 0
 
 
