@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
     from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
     from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.probes.memory import measure_memory as measure_memory
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
@@ -28,6 +29,7 @@ _HOME = {
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
     "load_workload": "rightbatch.catalog",
+    "measure_memory": "rightbatch.probes.memory",
     "measure_noise_scale": "rightbatch.probes.noise",
     "measure_throughput": "rightbatch.probes.throughput",
     "scale_learning_rate": "rightbatch.laws.scaling",
@@ -42,6 +44,7 @@ __all__ = [
     "accuracy",
     "check_workload",
     "load_workload",
+    "measure_memory",
     "measure_noise_scale",
     "measure_throughput",
     "scale_learning_rate",

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pickle
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from rightbatch.device import memory
 from rightbatch.device.out_of_memory import last_words_mean_out_of_memory
+from rightbatch.errors import ProbeError
 from rightbatch.isolate.process import Outcome, Watch, WorkerProcess
 from rightbatch.isolate.transport import Parts, dump, load
 
@@ -101,11 +102,19 @@ class Child:
         memory_limit_bytes: The most memory each request may have. Default: what is available
             when it is made, less a reserve.
         device: Where limit and peak are meant: `cpu` or a CUDA device.
+        preload: Modules that the child imports once, before any request, because every request
+            would import them (torch's optimizers import `torch._dynamo`, which takes seconds).
     """
 
     def __init__(
-        self, shared: Any = None, *, memory_limit_bytes: int | None = None, device: str = "cpu"
+        self,
+        shared: Any = None,
+        *,
+        memory_limit_bytes: int | None = None,
+        device: str = "cpu",
+        preload: Sequence[str] = (),
     ) -> None:
+        self._preload = tuple(preload)
         self.memory_limit_bytes = memory_limit_bytes
         self.device = device
         self._shared: Parts = dump(shared)
@@ -131,7 +140,7 @@ class Child:
         Returns:
             How it ended.
         """
-        limit = memory_limit_bytes or self.memory_limit_bytes or self._available_bytes()
+        limit = memory_limit_bytes or self.memory_limit_bytes or self.available_bytes()
         fenced = memory.can_fence(self.device)
         watch = Watch(timeout_seconds, stall_seconds, limit, fenced=fenced)
         request = [
@@ -156,12 +165,26 @@ class Child:
         """A process that has loaded what is shared, or how the loading failed."""
         if self._process is not None:
             return self._process, None
-        process = self._process = WorkerProcess(self.device)
+        process = self._process = WorkerProcess(self.device, self._preload)
         outcome = process.start(self._shared, watch)
         return process, None if process.loaded else outcome
 
-    def _available_bytes(self) -> int:
-        return round(memory.available_bytes(self.device) * (1 - RESERVE))
+    def available_bytes(self) -> int:
+        """What a request may have when nobody gave a limit.
+
+        Returns:
+            Bytes.
+
+        Raises:
+            ProbeError: If the device cannot be asked.
+        """
+        if self.device == "cpu":
+            return round(memory.available_bytes() * (1 - RESERVE))
+        # Asked in a child: the question alone would open the device in the user's process.
+        answer = run_in_child(memory.available_bytes, self.device)
+        if answer.value is None:
+            raise ProbeError(f"The memory of {self.device!r} cannot be read: {answer.message}")
+        return round(answer.value * (1 - RESERVE))
 
     def close(self) -> None:
         """Ends the child and all that it started."""

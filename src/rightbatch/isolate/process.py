@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +136,13 @@ class WorkerProcess:
 
     Args:
         device: Where its memory is fenced and measured.
+        preload: Modules that it imports before anything is sent.
 
     Raises:
         ProbeError: If it cannot be started.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, preload: Sequence[str] = ()) -> None:
         self.loaded = False
         self.can_fork = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
@@ -170,6 +172,7 @@ class WorkerProcess:
         for thread in self._threads:
             thread.start()
         self._device = device
+        self._preload = [*preload, *(name for name in _PRELOAD if name in sys.modules)]
 
     def start(self, shared: Parts, watch: Watch) -> Outcome:
         """Waits until libraries are imported and `shared` is loaded.
@@ -188,7 +191,7 @@ class WorkerProcess:
             "device": self._device,
             "num_threads": torch.get_num_threads(),
             "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
-            "preload": [name for name in _PRELOAD if name in sys.modules],
+            "preload": self._preload,
         }
         patience = Watch(_START_SECONDS, None, watch.limit_bytes, fenced=True)
         started = self.ask(dump(hello), patience)

@@ -55,7 +55,7 @@ def main() -> None:
     try:
         loaded = load(shared)
     except BaseException as error:
-        _send(replies, {"reply": pickle.dumps((describe_failure(error, None), []))})
+        _send(replies, {"reply": pickle.dumps((describe_failure(error), []))})
         return
     del shared
     can_fork = sys.platform == "linux" and psutil.Process().num_threads() <= num_threads
@@ -200,7 +200,7 @@ def execute(loaded: Any, request: Any, settings: dict[str, Any]) -> bytes:
         reply = {"verdict": "fits"}
     except BaseException as error:
         # Still inside, with all its memory held by the traceback's frames: a look at the size.
-        reply = describe_failure(error, limit)
+        reply = describe_failure(error, limit, device)
     reply["seconds"] = time.perf_counter() - start
     reply["peak_bytes"] = memory.peak_bytes(device)
     return pickle.dumps((reply, [bytes(part) for part in value]))
@@ -213,18 +213,21 @@ def _set_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-def describe_failure(error: BaseException, limit_bytes: int | None) -> dict[str, Any]:
+def describe_failure(
+    error: BaseException, limit_bytes: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """What the parent is told about an exception.
 
     Args:
         error: What was raised.
         limit_bytes: The fence, or None.
+        device: Where the fence is.
 
     Returns:
         Verdict, the type's name, the message and the traceback as text.
     """
     starved = limit_bytes is not None and is_starvation(
-        error, limit_bytes - memory.read_host_memory().peak_data_bytes
+        error, limit_bytes - memory.peak_bytes(device)
     )
     return {
         "verdict": "oom" if starved or is_out_of_memory(error) else "error",
