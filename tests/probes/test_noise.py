@@ -305,6 +305,22 @@ def test_chunks_are_cut_so_that_memory_stays_bounded(monkeypatch: pytest.MonkeyP
     assert max(seen) == 5
 
 
+def test_coverage_on_a_network() -> None:
+    """science.md 6.11 on real gradients, drawn without replacement from a known whole."""
+    workload = classes(1000)
+    truth = measure_whole(workload).value
+    assert truth is not None
+    training = Training(workload, Recipe(global_batch=32, learning_rate=0.1))
+    form = find_gradient_form(training)
+    points = [
+        measure_noise_at(training, seed=seed, form=form, max_examples=256) for seed in range(200)
+    ]
+    assert 0.91 <= np.mean([covers(point, truth) for point in points]) <= 0.99
+    assert np.median([p.value for p in points if p.value is not None]) == pytest.approx(
+        truth, rel=0.05
+    )
+
+
 # --- where single examples have no gradient -------------------------------------------------------
 
 
@@ -379,6 +395,24 @@ def test_dropout_is_noise_too() -> None:
     # Even all the examples do not make it exact.
     assert noisy.noise_scale.high is not None and noisy.noise_scale.low is not None
     assert noisy.noise_scale.high > noisy.noise_scale.low * 1.05
+
+
+def test_dropout_is_drawn_anew_for_each_example() -> None:
+    """Equal examples under one shared mask would have no noise at all."""
+    workload = classes(layers=with_dropout)
+    x, y = workload.train_data
+    same = classes(layers=with_dropout, train_data=(x[:1].expand(200, -1), y[:1].expand(200)))
+    record = measure_noise_scale(same, trajectory_steps=(0,), max_examples=128)
+    trace, norm = record.trajectory[0].trace, record.trajectory[0].gradient_norm_squared
+    model, rows = workload.build_model(0), []
+    torch.manual_seed(0)
+    for _ in range(500):
+        loss = F.cross_entropy(model(x[:1]), y[:1])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    by_hand = torch.stack(rows)
+    assert trace.value == pytest.approx(float(by_hand.var(dim=0).sum()), rel=0.2)
+    assert norm.value == pytest.approx(float(by_hand.mean(dim=0).square().sum()), rel=0.3)
 
 
 # --- course ---------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ Array = NDArray[np.float64]
 
 RESOLUTION = 1e-12
 """|G|² below this share of S is rounding of single-precision gradients, whatever the sample."""
+_CLEAR = 2.0
+"""Standard errors of |G|² at which a gradient stands out half clearly."""
 MIN_GROUPS = 3
 """Micro-batches without which no interval can be given."""
 
@@ -246,12 +248,15 @@ def _spread(sample: GradientSample, trace: float) -> _Spread:
     outside = (n * onto_mean - sizes * np.diagonal(gram)) / (n - sizes)
     centred = outside - np.average(outside, weights=sizes)
     mean_squared = float(sizes @ gram @ sizes) / n**2
-    # Numerator GᵀΣG + tr Σ²/n over denominator |G|² + tr Σ/n: positive always, σ_∥² where the
-    # gradient is resolved, the mean noise of a noise direction where it is not. A mean gradient
-    # much shorter than chance makes it would blow the quotient up, so it is bounded by chance.
-    projected = float(np.sum(sizes * centred**2)) / (groups - 1)
-    scale = max(mean_squared, trace * factor / 2)
-    along = projected / scale if scale > 0 else 0.0
+    square = max(_trace_of_square(gram, sizes), 0.0)
+    along = _noise_along(
+        float(np.sum(sizes * centred**2)) / (groups - 1),
+        mean_squared=mean_squared,
+        expected_noise=trace * factor,
+        square=square * factor,
+        pure_noise=2 * square * factor**2,
+        groups=groups,
+    )
     if sample.squared_sums is not None:
         pieces = sample.squared_sums / sizes - 2 * onto_mean + mean_squared
         weights, drawn = sizes / np.mean(sizes), n * factor  # n·f = 1 − n/N
@@ -261,16 +266,63 @@ def _spread(sample: GradientSample, trace: float) -> _Spread:
         weights, drawn = np.ones(groups), 1.0
     deviations = weights * (pieces - np.average(pieces, weights=weights))
     trace_variance = float(np.sum(deviations**2)) / (groups - 1) / groups * drawn
-    square = max(_trace_of_square(gram, sizes), 0.0)
     shared = float(np.sum(deviations * 2 * centred)) / (groups - 1) / groups * n * factor
     # |g − ḡ|² and g·ḡ share the noise of ḡ, which would show as a covariance of −4 tr Σ²/n.
     shared += 4 * square * factor / (groups if sample.squared_sums is None else n)
+    # No larger than two variances allow at the point estimate, or the interval could be empty.
+    norm_squared = mean_squared - trace * factor
+    fixed = 2 * square * factor**2 + factor**2 * trace_variance
+    norm_variance = 4 * max(norm_squared, 0.0) * along * factor + fixed
+    bound = math.sqrt(norm_variance * trace_variance)
     return _Spread(
         along=along,
         square=square,
         trace_variance=trace_variance,
-        covariance=shared - factor * trace_variance,
+        covariance=min(max(shared - factor * trace_variance, -bound), bound),
     )
+
+
+def _noise_along(
+    projected: float,
+    *,
+    mean_squared: float,
+    expected_noise: float,
+    square: float,
+    pure_noise: float,
+    groups: int,
+) -> float:
+    """σ_∥², the noise along the gradient, whether or not the gradient is resolved.
+
+    The variance of the projections on ḡ is |G|²σ_∥² + tr(Σ²)f, and |ḡ|² is |G|² + S·f. Their
+    quotient is positive always; where the gradient is lost it is the mean noise of a direction that
+    noise chose. Where the gradient stands out, the noise is taken out of both, which matters: in
+    trained networks the gradient often points where there is little noise.
+
+    Args:
+        projected: Variance of the projections of single gradients on ḡ.
+        mean_squared: |ḡ|².
+        expected_noise: S·f.
+        square: tr(Σ²)·f.
+        groups: K.
+        pure_noise: 2 tr(Σ²)f², the variance of Ĝ² where G = 0.
+
+    Returns:
+        σ_∥² ≥ 0.
+    """
+    # A mean gradient much shorter than chance makes it would blow the quotient up.
+    scale = max(mean_squared, expected_noise / 2)
+    if scale <= 0:
+        return 0.0
+    blended = projected / scale
+    signal = mean_squared - expected_noise
+    if signal <= 0:
+        return blended
+    # One standard error up: a difference of two near numbers would otherwise often be too small.
+    upper = projected * (1 + math.sqrt(2 / (groups - 1)))
+    corrected = max(upper - square, 0.0) / signal
+    # How clearly the gradient stands out, against the variance of Ĝ² without any.
+    clear = signal**2 / (signal**2 + _CLEAR**2 * pure_noise)
+    return clear * corrected + (1 - clear) * blended
 
 
 def _trace_of_square(gram: Array, sizes: Array) -> float:
