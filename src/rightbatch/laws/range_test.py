@@ -30,6 +30,7 @@ CENTRED_MOMENTUM = 0.8
 EXPLOSION_FACTOR = 4.0
 """The test stops where the average is this many times the best one so far."""
 _SETTLED = 10
+_EDGE_MOMENTUM = 0.5
 _EDGE_RISE = 1.3
 """At the edge the loss is this many times the best: no longer noise, not yet an explosion."""
 
@@ -42,7 +43,8 @@ class RangeTest:
         steepest: Learning rate of the steepest fall per decade.
         minimum_div_10: A tenth of the learning rate of least loss.
         valley: Middle of the longest fall, in log learning rate.
-        edge: Where the loss starts to explode; None if it did not in this range.
+        edge: Where the loss starts to explode, or to lose most of what it had gained and never
+            gets it back; None if it does neither in this range.
         best_loss: Least smoothed loss before the explosion.
     """
 
@@ -123,33 +125,43 @@ def find_explosion(
 ) -> int | None:
     """The first step at which the average exceeds `factor` times the best one before.
 
+    Guards against taking noise for an explosion, since single examples' losses scatter by
+    orders of magnitude: the first ten steps only set the standard; the middle one of the last
+    three losses must be high too; and without a clear fall before (to a fifth), the average must
+    be twice as high as it ever was up to five steps before. A loss that is not a number has
+    exploded, whatever the step.
+
     Args:
         losses: The losses so far, shape (n,).
         momentum: Of the running average.
         factor: How many times the best counts as an explosion.
 
     Returns:
-        The index of the step, or None if the loss has not exploded. A loss that is not a number
-        has.
+        The index of the step, or None if the loss has not exploded.
 
     Example:
-        >>> find_explosion([1.0, 1.0, 200.0, 1.0])
-        2
+        >>> find_explosion([1.0] * 20 + [2.0, 20.0, 50.0])
+        22
     """
     values = np.asarray(losses, dtype=np.float64)
     finite = np.isfinite(values)
     num_finite = len(values) if bool(finite.all()) else int(np.argmin(finite))
-    smoothed = smooth_losses(values[:num_finite], momentum=momentum)
-    # The first averages are of few losses: a lucky one must not set the standard for the later
-    # ones, and only a huge one counts as an explosion.
-    early = np.arange(num_finite) < _SETTLED
-    settled = np.where(early, np.max(smoothed[:_SETTLED], initial=-np.inf), smoothed)
-    best = np.where(early, np.minimum.accumulate(smoothed), np.minimum.accumulate(settled))
-    limit = np.where(early, 10 * factor, factor)
-    # For a loss that can be negative, the same distance above it.
-    too_high = np.flatnonzero(smoothed - best > (limit - 1) * np.abs(best) + 1e-300)
-    if len(too_high):
-        return int(too_high[0])
+    if num_finite > _SETTLED:
+        smoothed = smooth_losses(values[:num_finite], momentum=momentum)
+        start = float(smoothed[_SETTLED - 1])
+        best = np.minimum.accumulate(smoothed[_SETTLED - 1 :])
+        latest = np.array(
+            [np.median(values[i - 2 : i + 1]) for i in range(_SETTLED - 1, num_finite)]
+        )
+        # For a loss that can be negative, the same distance above it.
+        too_high = smoothed[_SETTLED - 1 :] - best > (factor - 1) * np.abs(best) + 1e-300
+        lasting = latest - best > (factor / 2 - 1) * np.abs(best)
+        earlier = np.concatenate([np.full(5, start), smoothed[_SETTLED - 1 :]])[: len(best)]
+        highest = np.maximum.accumulate(earlier)
+        clear = (best < start / 5) | (smoothed[_SETTLED - 1 :] > highest + np.abs(highest))
+        exploded = np.flatnonzero(too_high & lasting & clear)
+        if len(exploded):
+            return int(exploded[0]) + _SETTLED - 1
     return num_finite if num_finite < len(values) else None
 
 
@@ -176,14 +188,18 @@ def analyse_range_test(learning_rates: ArrayLike, losses: ArrayLike) -> RangeTes
         )
     explosion = find_explosion(values)
     end = len(values) if explosion is None else explosion
-    edge = None if explosion is None else _find_edge(rates, values, explosion)
+    edge = (
+        _find_lasting_rise(rates, values)
+        if explosion is None
+        else _find_edge(rates, values, explosion)
+    )
     if end < 3:
         return RangeTest(steepest=None, minimum_div_10=None, valley=None, edge=edge, best_loss=None)
     rates, values = rates[:end], values[:end]
     smoothed = smooth_centred(values)
     lowest = int(np.argmin(smoothed))
     best = float(smoothed[lowest])
-    if lowest < 2 or float(smoothed[:lowest].max()) - best < _least_fall(values):
+    if lowest < 2 or float(smoothed[:lowest].max()) - best < _least_fall(values[: lowest + 1]):
         return RangeTest(steepest=None, minimum_div_10=None, valley=None, edge=edge, best_loss=best)
     # Beyond the minimum there is no fall to look for.
     slopes = np.gradient(smoothed, np.log(rates))[: lowest + 1]
@@ -200,9 +216,10 @@ def _least_fall(losses: Array) -> float:
     """What a fall of the smoothed loss must exceed not to be noise."""
     # Neighbouring losses differ by √2 σ; an average over w of them scatters by σ/√w, and the
     # range of a dozen such averages is about 3 of that.
-    sigma = 1.4826 * float(np.median(np.abs(np.diff(losses)))) / math.sqrt(2)
+    # Root mean square, not median: single examples' losses have heavy tails, which averages keep.
+    sigma = float(np.sqrt(np.mean(np.diff(losses) ** 2))) / math.sqrt(2)
     width = (1 + CENTRED_MOMENTUM) / (1 - CENTRED_MOMENTUM)
-    return 4 * sigma / math.sqrt(width)
+    return 4.5 * sigma / math.sqrt(width)
 
 
 def _find_edge(rates: Array, losses: Array, explosion: int) -> float:
@@ -212,13 +229,17 @@ def _find_edge(rates: Array, losses: Array, explosion: int) -> float:
     if len(until) < 2:
         return float(rates[0])
     # What is beyond the limit counts as at the limit, or it would drown the steps before it.
-    best = float(smooth_centred(until, momentum=0.5).min())
-    until = np.minimum(until, max(best + (EXPLOSION_FACTOR - 1) * abs(best), float(until[0])))
-    if bool(np.all(until > 0)):
-        smoothed, rise = smooth_centred(np.log(until), momentum=0.5), math.log(_EDGE_RISE)
-    else:
-        smoothed = smooth_centred(until, momentum=0.5)
-        rise = (_EDGE_RISE - 1) * abs(float(smoothed.min()))
+    best = float(smooth_centred(until, momentum=_EDGE_MOMENTUM).min())
+    limit = best + (EXPLOSION_FACTOR - 1) * abs(best)
+    until = np.minimum(until, max(limit, float(until[0])))
+    in_logs = bool(np.all(until > 0))
+    heights = np.log(until) if in_logs else until
+    rise = math.log(_EDGE_RISE) if in_logs else (_EDGE_RISE - 1) * abs(best)
+    # What noise alone does to the average does not count as a rise.
+    scatter = 1.4826 * float(np.median(np.abs(np.diff(heights)))) / math.sqrt(2)
+    momentum = CENTRED_MOMENTUM if scatter > rise else _EDGE_MOMENTUM
+    rise = max(rise, 3 * scatter * math.sqrt((1 - momentum) / (1 + momentum)))
+    smoothed = smooth_centred(heights, momentum=momentum)
     last = int(np.flatnonzero(smoothed <= smoothed.min() + rise)[-1])
     # Back to the low, but no further than the average reaches: beyond, it would follow noise.
     for _ in range(3):
@@ -226,6 +247,32 @@ def _find_edge(rates: Array, losses: Array, explosion: int) -> float:
             last -= 1
     # The update at `last` was the first to raise the loss, the one before the last not to.
     return float(math.sqrt(rates[max(last - 1, 0)] * rates[last]))
+
+
+def _find_lasting_rise(rates: Array, losses: Array) -> float | None:
+    """Where the loss turns for good, without exploding.
+
+    Cross-entropy of a network whose units have died stays near that of guessing: it never
+    reaches 4 × the best, but the best learning rate is as surely behind it.
+
+    Args:
+        rates: Learning rates, shape (n,).
+        losses: Losses, shape (n,).
+
+    Returns:
+        The learning rate at the end of the low, or None if half of the fall is never lost again
+        or the fall is no more than noise.
+    """
+    if len(losses) < 3:
+        return None
+    smoothed = smooth_centred(losses)
+    lowest = int(np.argmin(smoothed))
+    fall = float(smoothed[: lowest + 1].max() - smoothed[lowest])
+    lost = float(smoothed[-1] - smoothed[lowest])
+    if lowest < 2 or fall < _least_fall(losses[: lowest + 1]) or lost < fall / 2:
+        return None
+    near_best = smoothed <= smoothed[lowest] + 0.2 * fall
+    return float(rates[int(np.flatnonzero(near_best)[-1])])
 
 
 def _middle_of_longest_fall(rates: Array, smoothed: Array) -> float:

@@ -115,7 +115,7 @@ def _squared_scale(values: Array) -> float:
 
 
 def student_95(dof: float) -> float:
-    """The 97.5 % quantile of Student's t, by its expansion in 1/dof (0.1 % off at 5 dof).
+    """The 97.5 % quantile of Student's t: exact up to 4 dof, else by its expansion in 1/dof.
 
     Args:
         dof: Degrees of freedom.
@@ -127,6 +127,8 @@ def student_95(dof: float) -> float:
         >>> round(student_95(10), 3)
         2.228
     """
+    if dof <= 4:
+        return (12.7062, 4.3027, 3.1824, 2.7764)[max(math.floor(dof), 1) - 1]
     z = 1.959963984540054
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
