@@ -26,12 +26,12 @@ from rightbatch.laws.linear_regression import curvature_noise_scale as exact_cur
 from rightbatch.laws.noise import (
     GradientSample,
     NoiseEstimate,
-    NoiseSums,
     estimate_noise_scale,
     make_gradient_sample,
     micro_batch_moments,
     two_batch_moments,
 )
+from rightbatch.laws.noise_sums import NoiseSums
 
 Array = np.ndarray
 
