@@ -235,6 +235,18 @@ def test_the_whole_population_is_exact() -> None:
     assert scale.low == pytest.approx(truth) and scale.high == pytest.approx(truth)
 
 
+@pytest.mark.parametrize(
+    ("seed", "sizes"),
+    [(4732, [4, 4, 3, 8]), (9354, [9, 4, 5, 4]), (9542, [6, 8, 6, 3])],
+)
+def test_the_interval_holds_the_value_when_groups_are_few(seed: int, sizes: list[int]) -> None:
+    """Four groups can claim a covariance that two variances do not allow: the set was empty."""
+    rows = np.random.default_rng(seed).normal(loc=3.0, size=(4, 20))
+    scale = estimate_noise_scale(make_gradient_sample(rows, sizes=sizes)).noise_scale
+    assert scale.value is not None and scale.low is not None and scale.high is not None
+    assert 0 <= scale.low < scale.value < scale.high
+
+
 # --- unresolved ---------------------------------------------------------------------------------
 
 
