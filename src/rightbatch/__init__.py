@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
     from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
     from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.probes.learning_rate import find_learning_rate as find_learning_rate
     from rightbatch.probes.memory import measure_memory as measure_memory
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
@@ -31,6 +32,7 @@ _HOME = {
     "load_workload": "rightbatch.catalog",
     "measure_memory": "rightbatch.probes.memory",
     "measure_noise_scale": "rightbatch.probes.noise",
+    "find_learning_rate": "rightbatch.probes.learning_rate",
     "measure_throughput": "rightbatch.probes.throughput",
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
@@ -43,6 +45,7 @@ __all__ = [
     "Workload",
     "accuracy",
     "check_workload",
+    "find_learning_rate",
     "load_workload",
     "measure_memory",
     "measure_noise_scale",

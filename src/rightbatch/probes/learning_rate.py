@@ -321,12 +321,13 @@ def _median_on_log(values: Sequence[float], ramp: Sequence[float], method: str) 
     """Median and Student's interval of the mean on log lr, no narrower than a step of the ramp."""
     logs = np.log(values)
     centre, median = float(np.mean(logs)), float(np.median(logs))
-    half_step = math.log(ramp[1] / ramp[0]) / 2
+    # Where a curve turns is seen to a step of the ramp, however well the seeds agree.
+    step = math.log(ramp[1] / ramp[0])
     n = len(values)
     if n == 1:
         return Estimate(value=math.exp(median), n=1, method=method)
     spread = float(np.std(logs, ddof=1)) / math.sqrt(n)
-    half_width = max(student_95(n - 1) * spread, half_step)
+    half_width = max(student_95(n - 1) * spread, step)
     low = math.exp(max(min(centre - half_width, median), -700))
     high = math.exp(min(max(centre + half_width, median), 700))
     return Estimate(
