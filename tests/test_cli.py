@@ -164,19 +164,50 @@ def test_train_a_workload_of_a_file(tmp_path: Path, capsys: Captured) -> None:
     assert data["target"] is None
 
 
-@pytest.mark.parametrize("kind", ["throughput"])
-def test_probes(kind: str, capsys: Captured) -> None:
-    assert main(["probe", kind, "quadratic", "--json", "--budget", "300ms"]) == 0
+PROBES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "throughput": (
+        ["--budget", "300ms"],
+        {"law": "alpha_seconds beta_seconds knee", "sizes": "micro_batch seconds low high n"},
+    ),
+    "noise": ([], {"noise_scale": "value low high n method", "trajectory": "step value low high"}),
+    "memory": (
+        [],
+        {
+            "ceiling": "micro_batch headroom_bytes",
+            "parts": (
+                "parameters_bytes gradients_bytes optimizer_bytes activation_bytes_per_example"
+            ),
+            "trials": "micro_batch verdict peak_bytes",
+        },
+    ),
+    "learning-rate": (["--batch-size", "64"], {"steepest": "value low high n"}),
+}
+"""Options that make each probe quick, and the fields that are promised of its JSON."""
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_probes_as_json_have_the_documented_fields(kind: str, capsys: Captured) -> None:
+    options, promised = PROBES[kind]
+    assert main(["probe", kind, "quadratic", "--json", *options]) == 0
     captured = capsys.readouterr()
     data = json.loads(captured.out)
     assert data["schema"] == f"rightbatch.probe-{kind}/1"
-    assert {"alpha_seconds", "beta_seconds", "knee"} <= set(data["law"])
-    assert {"micro_batch", "seconds", "low", "high", "n"} <= set(data["sizes"][0])
+    for part, fields in promised.items():
+        found = data[part][0] if isinstance(data[part], list) else data[part]
+        assert set(fields.split()) <= set(found)
     assert json.loads(captured.err.splitlines()[0])["progress"] == "Checking quadratic"
-    assert main(["probe", kind, "quadratic", "-q", "--budget", "300ms"]) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("quadratic on cpu: ")
-    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("kind", PROBES)
+def test_probes_as_text_open_with_the_answer(kind: str, capsys: Captured) -> None:
+    assert main(["probe", kind, "quadratic", "--quiet", *PROBES[kind][0]]) == 0
+    captured = capsys.readouterr()
+    first, *_, last = captured.out.rstrip().splitlines()
+    assert first.startswith("quadratic")
+    assert "Cost: " in captured.out
+    assert last.endswith(".")
+    assert max(len(line) for line in captured.out.splitlines()) <= 80
+    assert captured.err == ""
 
 
 # ----------------------------------------------------------------------------------- exit codes
