@@ -162,6 +162,21 @@ def test_a_proportional_time_has_its_knee_at_zero() -> None:
     assert value(law.beta_seconds) == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("odd_size", [1, 32, 1024])
+def test_one_odd_size_does_not_move_the_law_but_is_kept(odd_size: int) -> None:
+    def seconds(B: int) -> float:
+        return (ALPHA + BETA * B) * (2.5 if odd_size == B else 1.0)
+
+    rng = np.random.default_rng(9)
+    samples = [
+        (B, seconds(B) * math.exp(0.01 * rng.standard_normal()), r) for r in range(6) for B in SIZES
+    ]
+    fit = fit_step_time(*zip(*samples, strict=True))
+    assert value(fit.law.knee) == pytest.approx(KNEE, rel=0.12)
+    assert f"micro-batch {odd_size} takes" in fit.law.note
+    assert fit.step_time.seconds(odd_size) == pytest.approx(seconds(odd_size), rel=0.02)
+
+
 def kinked(B: int) -> float:
     """A cache that overflows at 256: every further example costs three times as much."""
     return 1e-4 + 1e-6 * B + 2e-6 * max(0, B - 256)
