@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
     from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
     from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.probes.find_max_micro_batch import find_max_micro_batch as find_max_micro_batch
     from rightbatch.probes.learning_rate import find_learning_rate as find_learning_rate
     from rightbatch.probes.memory import measure_memory as measure_memory
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
@@ -29,6 +30,7 @@ _HOME = {
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
+    "find_max_micro_batch": "rightbatch.probes.find_max_micro_batch",
     "load_workload": "rightbatch.catalog",
     "measure_memory": "rightbatch.probes.memory",
     "measure_noise_scale": "rightbatch.probes.noise",
@@ -46,6 +48,7 @@ __all__ = [
     "accuracy",
     "check_workload",
     "find_learning_rate",
+    "find_max_micro_batch",
     "load_workload",
     "measure_memory",
     "measure_noise_scale",

@@ -153,7 +153,7 @@ class Child:
             if outcome is None:
                 watch.restart()
                 outcome = process.ask(request, watch)
-            result = _read_outcome(outcome, process, watch, kills)
+            result = _read_outcome(outcome, process, watch, kills, self.device)
         except BaseException:  # Ctrl-C above all: nothing is left running
             self.close()
             raise
@@ -205,7 +205,7 @@ class Child:
 
 
 def _read_outcome(
-    outcome: Outcome, process: WorkerProcess, watch: Watch, kills: int | None
+    outcome: Outcome, process: WorkerProcess, watch: Watch, kills: int | None, device: str
 ) -> ChildResult:
     if outcome.objection:
         return ChildResult(
@@ -216,20 +216,25 @@ def _read_outcome(
             seconds=watch.elapsed_seconds,
         )
     if outcome.reply is None:
-        return _hold_inquest(outcome, process, watch, kills)
+        return _hold_inquest(outcome, process, watch, kills, device)
     fields, value = pickle.loads(outcome.reply)
+    if device == "cpu":
+        peak = max(fields.get("peak_bytes", 0), outcome.peak_data_bytes)
+        # What was returned stayed below the fence; the look from outside counts the stack too.
+        fields["peak_bytes"] = min(peak, watch.limit_bytes) if fields["verdict"] == "fits" else peak
     return ChildResult(
         value=load(value) if value else None, limit_bytes=watch.limit_bytes, **fields
     )
 
 
 def _hold_inquest(
-    outcome: Outcome, process: WorkerProcess, watch: Watch, kills: int | None
+    outcome: Outcome, process: WorkerProcess, watch: Watch, kills: int | None, device: str
 ) -> ChildResult:
     """The process died without a word. Of what?"""
     code = process.exit_code() if outcome.exit_code is None else outcome.exit_code
     log = process.read_log()
-    nearly_full = outcome.peak_resident_bytes > _NEARLY_ALL * watch.limit_bytes
+    peak = max(outcome.peak_data_bytes, outcome.peak_resident_bytes)
+    nearly_full = device == "cpu" and peak > _NEARLY_ALL * watch.limit_bytes
     kills_now = memory.num_kernel_kills()
     if code == -signal.SIGKILL and kills is not None and kills_now is not None:
         # The kernel keeps count of its kills; another process may have been its victim, though
@@ -242,7 +247,7 @@ def _hold_inquest(
         verdict=verdict,
         message=f"The child process died {how}.",
         traceback=log,
-        peak_bytes=outcome.peak_resident_bytes or None,
+        peak_bytes=peak or None,
         limit_bytes=watch.limit_bytes,
         seconds=watch.elapsed_seconds,
     )

@@ -46,6 +46,7 @@ class Outcome:
         can_fork: Whether it may serve it from a fork (said once, after loading).
         exit_code: Of the process that died; negative: by which signal. None: ask the child's own.
         peak_resident_bytes: The largest resident size of the process that died, where known.
+        peak_data_bytes: The largest data size that was seen, where somebody looked.
     """
 
     reply: bytes | None = None
@@ -54,6 +55,7 @@ class Outcome:
     can_fork: bool = False
     exit_code: int | None = None
     peak_resident_bytes: int = 0
+    peak_data_bytes: int = 0
 
 
 class Watch:

@@ -32,7 +32,8 @@ from rightbatch.isolate.transport import dump, load, read_message, write_message
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_POLL_SECONDS = 0.1
+_LOOK_SECONDS = 0.002
+"""Between two looks at a fork's data size, of which the kernel keeps no high-water mark."""
 
 
 def main() -> None:
@@ -132,9 +133,9 @@ def _run_in_fork(
         _flush()
         os._exit(0)
     os.close(write_end)
-    reply = _receive_reply(pid, read_end, requests)
+    reply, peak_data = _receive_reply(pid, read_end, requests)
     os.close(read_end)
-    outcome: dict[str, Any] = {"alive": True, "reply": reply}
+    outcome: dict[str, Any] = {"alive": True, "reply": reply, "peak_data_bytes": peak_data}
     if reply is None:
         _pid, status, usage = os.wait4(pid, 0)
         outcome["exit_code"] = os.waitstatus_to_exitcode(status)
@@ -143,19 +144,21 @@ def _run_in_fork(
     return outcome
 
 
-def _receive_reply(pid: int, read_end: int, requests: int) -> bytes | None:
-    """The fork's reply, or None when it died without one."""
+def _receive_reply(pid: int, read_end: int, requests: int) -> tuple[bytes | None, int]:
+    """The fork's reply, or None when it died without one; and the largest data size seen."""
     ready: list[int] = []
+    peak = 0
     while not ready:
-        ready, _, _ = select.select([read_end, requests], [], [], _POLL_SECONDS)
+        peak = max(peak, memory.data_bytes_of(pid))
+        ready, _, _ = select.select([read_end, requests], [], [], _LOOK_SECONDS)
         # Children of a dead fork may still hold the pipe open, so its end is no sufficient sign.
         if not ready and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return None
+            return None, peak
     if read_end not in ready:  # a closed request pipe: the parent has gone
         _end_descendants()
         os._exit(1)
     parts = read_message(read_end)
-    return None if parts is None else bytes(parts[0])
+    return (None if parts is None else bytes(parts[0])), peak
 
 
 def _end_descendants() -> None:

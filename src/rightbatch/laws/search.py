@@ -27,8 +27,11 @@ from rightbatch.errors import UsageError
 
 ALLOCATOR_NOISE_BYTES = 1 << 20
 _AIM = 0.97
+_NOISE = 0.01
 _VAGUE = 1.5
-_STRIDE = 32
+_PEAK_PER_KEPT = 3.0
+"""A guess, until two sizes have run: a peak grows by this many times what is kept for backward."""
+_STRIDE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,14 @@ class Trial:
         fits: Whether it ran within the limit.
         peak_bytes: Its peak memory, where it fitted and was measured.
         fixed_bytes: How much of it is known not to depend on the size (a lower bound).
+        growth_bytes: How much each further example is known to need (a lower bound).
     """
 
     size: int
     fits: bool
     peak_bytes: int | None = None
     fixed_bytes: int | None = None
+    growth_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,43 +136,44 @@ class CeilingSearch:
         if prediction is None:
             return _middle(lo, hi) if failed else 2 * lo
         low, likely, high = prediction
-        if failed and (likely >= hi or high > _VAGUE * low):  # the law is refuted, or too weak
+        if failed and likely >= hi:  # refuted
             return _middle(lo, hi)
-        if len(_peaks(trials)) == 1:
-            return math.floor(low) if failed else max(2 * lo, math.floor(low))
         if high > _VAGUE * low:
-            return math.isqrt(math.floor(low * high))
+            wanted = math.isqrt(math.floor(low * min(high, hi)))
+            return wanted if failed else max(2 * lo, wanted)
         return max(math.floor(_AIM * likely), math.floor(lo / self.tolerance) + 1)
 
     def _predict(self, trials: Sequence[Trial]) -> tuple[float, float, float] | None:
-        """The ceiling on the secant through the last two fitting sizes: low, likely, high.
+        """The ceiling on a line through the largest size that fitted: low, likely, high.
 
-        Low and high allow for the noise of both peaks; nothing is expected beyond `_STRIDE` times
-        the largest size that ran.
+        Its slope is that of the secant from the size before, give or take the noise of two peaks.
+        From a single size it is at most that of the secant from what is fixed. It is never less
+        than what each example is known to need.
 
         Returns:
-            Sizes; None without two points to draw a secant through.
+            Sizes, none beyond `_STRIDE` times the largest that ran; None when there is nothing to
+            draw a line through.
         """
-        points = _peaks(trials)
+        _, failed = bracket(trials, self.max_size)
+        points = sorted((t.size, t.peak_bytes) for t in trials if t.peak_bytes and t.size < failed)
         fixed = max((t.fixed_bytes or 0 for t in trials), default=0) or self.base_bytes
-        if fixed is not None:
-            points = [(0, fixed), *points]
-        if self.limit_bytes is None or len(points) < 2:
+        if self.limit_bytes is None or len(points) + (fixed is not None) < 2:
             return None
-        (size_0, peak_0), (size_1, peak_1) = points[-2:]
-        room, run = max(0, self.limit_bytes - peak_1), size_1 - size_0
+        known = max((t.growth_bytes or 0.0 for t in trials), default=0.0)
+        (size_0, peak_0), (size_1, peak_1) = [(0, fixed or 0), *points][-2:]
+        likely = (peak_1 - peak_0) / (size_1 - size_0)
+        noise = max(ALLOCATOR_NOISE_BYTES, _NOISE * peak_1) / (size_1 - size_0)
+        low, high = likely - noise, likely + noise
+        if len(points) == 1:
+            high = max(likely, known)
+            low = likely = min(high, _PEAK_PER_KEPT * known) or high
+        room = max(0, self.limit_bytes - peak_1)
 
-        def ceiling(rise: float) -> float:
-            reach = room * run / rise if rise > 0 else math.inf
-            return min(size_1 + reach, _STRIDE * size_1)
+        def ceiling(slope: float) -> float:
+            slope = max(slope, known)
+            return min(size_1 + (room / slope if slope > 0 else math.inf), _STRIDE * size_1)
 
-        rise = peak_1 - peak_0
-        noise = ALLOCATOR_NOISE_BYTES
-        return ceiling(rise + noise), ceiling(rise), ceiling(rise - noise)
-
-
-def _peaks(trials: Iterable[Trial]) -> list[tuple[int, int]]:
-    return sorted((t.size, t.peak_bytes) for t in trials if t.fits and t.peak_bytes)
+        return ceiling(high), ceiling(likely), ceiling(low)
 
 
 def bracket(trials: Iterable[Trial], max_size: int) -> tuple[int, int]:

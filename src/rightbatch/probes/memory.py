@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ from rightbatch.workload.crossing import check_crossing
 
 Progress = Callable[[str], None]
 
-_PATIENCE_SECONDS = 1.0
+_PATIENCE_SECONDS = 3.0
 _SOAK_SECONDS = 20.0
 _STALL_SECONDS = 6.0
 
@@ -180,7 +180,7 @@ def measure_memory(
         >>> record = rb.measure_memory(rb.load_workload("max3"), memory_limit="1GiB")
         >>> record.ceiling.micro_batch  # all of its training set
         1000
-    """  # noqa: DOC502 - raised by what is called
+    """
     if max_micro_batch is not None and max_micro_batch < 1:
         raise UsageError(f"max_micro_batch is {max_micro_batch}; it must be at least 1.")
     limit = None if memory_limit is None else parse_bytes(memory_limit)
@@ -279,6 +279,7 @@ class _MemoryProbe:
             self.try_size(answer, _SOAK_SECONDS)
             if self.trials[-1].verdict == "fits":
                 break
+            search = replace(search, max_trials=len(self.trials) + 1)
         self.proven = search.proven(self.law_trials())
         if not self.proven:
             self.notes.append(
@@ -302,7 +303,9 @@ class _MemoryProbe:
                 f"Training on {size} examples ended otherwise than by memory: {result.message} "
                 "Larger sizes were not tried."
             )
-        usage: Usage | None = result.value if result.verdict == "fits" else None
+        usage: Usage | None = None
+        if result.verdict == "fits" and result.peak_bytes is not None:
+            usage = replace(result.value, peak_bytes=result.peak_bytes)
         if usage is None:
             self.usages.pop(size, None)
         else:
@@ -334,8 +337,9 @@ class _MemoryProbe:
         law_trials: list[Trial] = []
         for trial in self.trials:
             usage = self.usages.get(trial.micro_batch) if trial.verdict == "fits" else None
-            fixed = None
+            fixed = saved = None
             if usage is not None:
+                saved = usage.saved_bytes
                 fixed = base + usage.parameters_bytes + usage.optimizer_bytes
             law_trials.append(
                 Trial(
@@ -343,6 +347,7 @@ class _MemoryProbe:
                     fits=trial.verdict == "fits",
                     peak_bytes=trial.peak_bytes,
                     fixed_bytes=fixed,
+                    growth_bytes=saved / trial.micro_batch if saved else None,
                 )
             )
         return law_trials
@@ -399,7 +404,7 @@ class _MemoryProbe:
                 limit_bytes=available,
             )
             if result.verdict == "fits":
-                need = format_bytes(result.value.peak_bytes)
+                need = format_bytes(result.peak_bytes or 0)
         base = format_bytes(self.found.data_bytes)
         raise NoBatchFitsError(
             f"No micro-batch fits: one example needs {need} and {format_bytes(self.limit_bytes)} "

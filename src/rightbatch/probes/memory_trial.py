@@ -21,8 +21,8 @@ from rightbatch.workload import Examples, Workload
 from rightbatch.workload.data import TensorExamples
 
 SURVEY_SECONDS = 2.0
-MAX_STEPS = 12
-SETTLED_AFTER = 4
+MAX_STEPS = 10
+SETTLED_AFTER = 3
 """Steps without a new peak after which a heap is taken to have found its shape."""
 _GROWTH = 0.002
 _LEARNING_RATE = 1e-6
