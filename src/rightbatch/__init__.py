@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from rightbatch.catalog import load_workload as load_workload
     from rightbatch.laws.scaling import scale_learning_rate as scale_learning_rate
     from rightbatch.laws.split import split_batch as split_batch
+    from rightbatch.plan import Plan as Plan
+    from rightbatch.plan import make_plan as make_plan
+    from rightbatch.plan import probe as probe
     from rightbatch.probes.find_max_micro_batch import find_max_micro_batch as find_max_micro_batch
     from rightbatch.probes.learning_rate import find_learning_rate as find_learning_rate
     from rightbatch.probes.memory import measure_memory as measure_memory
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from rightbatch.workload import check_workload as check_workload
 
 _HOME = {
+    "Plan": "rightbatch.plan",
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
     "Workload": "rightbatch.workload",
@@ -36,12 +40,15 @@ _HOME = {
     "measure_noise_scale": "rightbatch.probes.noise",
     "find_learning_rate": "rightbatch.probes.learning_rate",
     "measure_throughput": "rightbatch.probes.throughput",
+    "make_plan": "rightbatch.plan",
+    "probe": "rightbatch.plan",
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
 }
 
 __all__ = [
+    "Plan",
     "Recipe",
     "Run",
     "Workload",
@@ -50,9 +57,11 @@ __all__ = [
     "find_learning_rate",
     "find_max_micro_batch",
     "load_workload",
+    "make_plan",
     "measure_memory",
     "measure_noise_scale",
     "measure_throughput",
+    "probe",
     "scale_learning_rate",
     "split_batch",
     "train",

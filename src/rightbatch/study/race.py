@@ -510,10 +510,10 @@ def _log_slope(points: Sequence[TrialPoint]) -> float:
 
 
 def contenders(record: RaceRecord, *, least_share: float = 0.35) -> list[Cell]:
-    """The cells that may be chosen: the baseline's, and those whose fresh run got far enough.
+    """The cells that may be chosen: the baseline's, and those whose fresh run arrived.
 
-    Far enough is the target, or having done `least_share` of the steps that the quickest fresh
-    run or the baseline needed, in examples, when the budget ended the race before the target.
+    Where the budget ended the race before any fresh run arrived, those that had at least
+    `least_share` of the baseline's examples behind them: they were run, and the law knows them.
 
     Args:
         record: The race.
@@ -522,14 +522,11 @@ def contenders(record: RaceRecord, *, least_share: float = 0.35) -> list[Cell]:
     Returns:
         Cells, the baseline's first.
     """
-    baseline = record.baseline
-    least = least_share * baseline.examples
-    runs = [
-        t
-        for t in record.trials
-        if t.kind == "run"
-        and (t.state == "reached" or (t.state == "stopped" and t.examples >= least))
-    ]
+    runs = [t for t in record.trials if t.kind == "run"]
+    arrived = [t for t in runs if t.state == "reached"]
+    least = least_share * record.baseline.examples
+    unfinished = [t for t in runs if t.state == "stopped" and t.examples >= least]
     return [
-        Cell(global_batch=t.global_batch, learning_rate=t.learning_rate) for t in [baseline, *runs]
+        Cell(global_batch=t.global_batch, learning_rate=t.learning_rate)
+        for t in [record.baseline, *(arrived or unfinished)]
     ]

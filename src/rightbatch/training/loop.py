@@ -7,6 +7,7 @@ recipe and the seed, not on how it was cut into pieces.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class Training:
         self.diverged = False
         self.first_loss: float | None = None
         self._random_state = _seeded_random_state(seed)
+        self._epoch, self._offset = 0, 0
         self._windows = self._iterate_windows()
         self._losses: list[Tensor] = []
 
@@ -107,6 +109,32 @@ class Training:
     def epochs(self) -> float:
         """Passes over the training set so far."""
         return self.examples / self.workload.num_examples
+
+    def fork(self, recipe: Recipe) -> Training:
+        """A copy that goes on from here under another recipe; this one is not touched.
+
+        Weights, buffers, optimizer state, place in the data and random state are copied; batch and
+        learning rate are the recipe's.
+
+        Args:
+            recipe: How the copy trains.
+
+        Returns:
+            The copy.
+        """
+        copied = copy.copy(self)
+        copied.recipe = recipe
+        copied.model = copy.deepcopy(self.model)
+        copied.optimizer = self.workload.make_optimizer(
+            copied.model.parameters(), recipe.learning_rate
+        )
+        copied._base_lrs = [group["lr"] for group in copied.optimizer.param_groups]
+        copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        for group, lr in zip(copied.optimizer.param_groups, copied._base_lrs, strict=True):
+            group["lr"] = lr
+        copied._losses = []
+        copied._windows = copied._iterate_windows()
+        return copied
 
     def advance(self, num_steps: int) -> None:
         """Does up to `num_steps` updates; stops early when the loss leaves the numbers.
@@ -126,6 +154,7 @@ class Training:
                 )
                 self.steps += 1
                 self.examples += num_examples
+                self._offset += num_examples
                 self._losses.append(loss)
                 # Looking at the loss waits for the device, so it is done in groups of steps.
                 if self.first_loss is None or len(self._losses) % 16 == 0:
@@ -160,16 +189,16 @@ class Training:
     def _iterate_windows(self) -> Iterator[tuple[list[Any], int]]:
         """Endless windows: the micro-batches of one update, and their number of examples."""
         source, recipe = self.workload.train_examples, self.recipe
-        epoch = 0
         while True:
-            order = epoch_order(source.num_examples, seed=self.seed, epoch=epoch)
-            for window in order.split(recipe.global_batch):
+            order = epoch_order(source.num_examples, seed=self.seed, epoch=self._epoch)
+            # The cursor counts examples: a copy with another batch goes on where this one stands.
+            for window in order[self._offset :].split(recipe.global_batch):
                 batches = [
                     to_device(source.batch(indices), self.device)
                     for indices in window.split(recipe.micro_batch)
                 ]
                 yield batches, len(window)
-            epoch += 1
+            self._epoch, self._offset = self._epoch + 1, 0
 
     def _set_learning_rate(self) -> None:
         warmup = self.recipe.warmup_steps

@@ -1,0 +1,474 @@
+"""From evidence to a plan: pure, so that a plan can be replayed from its file, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rightbatch.laws.efficiency import Price, cost_optimal_batch
+from rightbatch.laws.estimate import Estimate
+from rightbatch.laws.split import Split, split_batch
+from rightbatch.plan.records import (
+    Cost,
+    Evidence,
+    Goal,
+    NearBest,
+    Plan,
+    Prediction,
+    Reason,
+    UsedEffort,
+)
+from rightbatch.probes.throughput import ThroughputRecord
+from rightbatch.recipe import Recipe
+from rightbatch.study.conclude import Cell, Outlook, conclude, near_best
+from rightbatch.study.race import contenders
+
+BASELINE_BATCH = 32
+_PRICES = {
+    "time": Price(second=1.0),
+    "quality": Price(second=1.0),
+    "examples": Price(example=1.0),
+    "steps": Price(step=1.0),
+}
+_UNKNOWN_NOISE = 150.0
+"""B_simple when the noise probe could not resolve it: the middle of reported ones, in logs."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    cell: Cell
+    near_best: NearBest
+    prediction: Prediction | None
+    batch_reason: Reason
+    lr_reason: Reason
+    warnings: tuple[str, ...]
+
+
+def make_price(
+    goal: Goal, throughput: ThroughputRecord, max_micro_batch: int, replicas: int = 1
+) -> Callable[[int], float]:
+    """The cost of one step at a global batch, in the goal's unit.
+
+    Args:
+        goal: What should be least.
+        throughput: The measured step time.
+        max_micro_batch: The largest micro-batch that fits.
+        replicas: Data-parallel workers.
+
+    Returns:
+        Global batch to modelled seconds, examples, or 1.
+    """
+    price = _PRICES[goal]
+
+    def cost(global_batch: int) -> float:
+        return (
+            price.second * step_seconds(throughput, global_batch, max_micro_batch, replicas)
+            + price.example * global_batch
+            + price.step
+        )
+
+    return cost
+
+
+def step_seconds(
+    throughput: ThroughputRecord, global_batch: int, max_micro_batch: int, replicas: int = 1
+) -> float:
+    """Modelled seconds of one update, its micro-batches run one after the other."""
+    share = math.ceil(global_batch / replicas)
+    accumulation = math.ceil(share / max_micro_batch)
+    return throughput.step_time.seconds(math.ceil(share / accumulation), accumulation=accumulation)
+
+
+def max_micro_batch(evidence: Evidence) -> int:
+    """The largest micro-batch that was run, or N where memory was not measured."""
+    if evidence.memory is None:
+        return evidence.setting.num_examples
+    return evidence.memory.ceiling.micro_batch
+
+
+def open_sizes(num_examples: int, replicas: int = 1) -> tuple[int, ...]:
+    """The batch sizes open to choice: powers of two up to N, and full batch (N) itself.
+
+    Args:
+        num_examples: N.
+        replicas: The least: every worker needs an example.
+
+    Returns:
+        Sizes, ascending.
+    """
+    powers = [2**k for k in range(num_examples.bit_length()) if 2**k >= replicas]
+    return tuple(sorted({size for size in powers if size <= num_examples} | {num_examples}))
+
+
+def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
+    """Makes the plan that follows from the evidence.
+
+    Args:
+        workload: Name of the workload.
+        evidence: What was measured.
+        seconds: Wall time that measuring took.
+
+    Returns:
+        The plan. The same evidence gives the same plan.
+    """
+    race = evidence.race
+    usable = race is not None and math.isfinite(race.target_loss)
+    choice = _choose_by_race(evidence) if usable else _choose_by_probes(evidence)
+    effort: UsedEffort = "race" if usable else "probe"
+    setting = evidence.setting
+    split = split_batch(
+        choice.cell.global_batch,
+        min(max_micro_batch(evidence), choice.cell.global_batch),
+        setting.replicas,
+    )
+    recipe = Recipe(
+        global_batch=split.global_batch,
+        micro_batch=split.micro_batch,
+        accumulation=split.accumulation,
+        replicas=split.replicas,
+        learning_rate=choice.cell.learning_rate,
+    )
+    examples = count_examples(evidence)
+    baseline = race.baseline.examples if usable and race is not None else None
+    return Plan(
+        workload=workload,
+        goal=setting.goal,
+        effort=effort,
+        recipe=recipe,
+        near_best=choice.near_best,
+        prediction=choice.prediction,
+        reasons=(choice.batch_reason, choice.lr_reason, *_other_reasons(evidence, recipe, split)),
+        evidence=evidence,
+        cost=Cost(
+            examples=examples,
+            seconds=seconds,
+            full_trainings=None if not baseline else examples / baseline,
+        ),
+        warnings=(*choice.warnings, *_general_warnings(evidence)),
+    )
+
+
+def count_examples(evidence: Evidence) -> int:
+    """Training examples that the probes and the race processed."""
+    memory = evidence.memory
+    in_memory = sum(t.micro_batch * t.num_steps for t in memory.trials) if memory else 0
+    return (
+        in_memory
+        + evidence.throughput.cost_examples
+        + evidence.noise_scale.cost_examples
+        + evidence.learning_rate.cost_examples
+        + (evidence.race.examples if evidence.race else 0)
+    )
+
+
+# ---- by race -----------------------------------------------------------------------------------
+
+
+def _choose_by_race(evidence: Evidence) -> _Choice:
+    race, setting = evidence.race, evidence.setting
+    assert race is not None
+    price = make_price(
+        setting.goal, evidence.throughput, max_micro_batch(evidence), setting.replicas
+    )
+    outlook = conclude(
+        race.trials,
+        target_loss=race.target_loss,
+        normalised=race.normalised,
+        sizes=race.sizes,
+        price=price,
+        seed=setting.seed,
+    )
+    baseline = Cell(
+        global_batch=race.baseline.global_batch, learning_rate=race.baseline.learning_rate
+    )
+    cell = outlook.best(contenders(race))
+    low, high = near_best(outlook, cell)
+    prediction = _predict(evidence, outlook, cell, baseline)
+    arrived = any(
+        t.state == "reached"
+        and (t.global_batch, t.learning_rate) == (cell.global_batch, cell.learning_rate)
+        for t in race.trials
+    )
+    speedup = prediction.speedup
+    times = _interval(speedup) if speedup else "?"
+    because = (
+        f"It is the baseline itself: none of the {_count_runs(evidence)} other runs was better."
+        if cell == baseline
+        else f"Least predicted cost among the runs: {times} times as fast as batch "
+        f"{baseline.global_batch} at its learning rate {baseline.learning_rate:.3g}."
+    )
+    return _Choice(
+        cell=cell,
+        near_best=NearBest(low=low, high=high),
+        prediction=prediction,
+        batch_reason=Reason(field="global_batch", because=because, source="race"),
+        lr_reason=Reason(
+            field="learning_rate", because=_rate_reason(evidence, outlook, cell), source="race"
+        ),
+        warnings=tuple(_race_warnings(evidence, cell, arrived)),
+    )
+
+
+def _count_runs(evidence: Evidence) -> int:
+    race = evidence.race
+    return sum(t.kind in {"branch", "run"} for t in race.trials) if race else 0
+
+
+def _rate_reason(evidence: Evidence, outlook: Outlook, cell: Cell) -> str:
+    own = outlook.expected[outlook.index(cell)]
+    parts: list[str] = []
+    for factor, words in ((2.0, "twice"), (0.5, "half")):
+        other = next(
+            (
+                c
+                for c in outlook.cells
+                if c.global_batch == cell.global_batch
+                and math.isclose(c.learning_rate, factor * cell.learning_rate, rel_tol=1e-6)
+            ),
+            None,
+        )
+        if other is not None:
+            change = math.exp(outlook.expected[outlook.index(other)] - own)
+            parts.append(f"{words} of it is predicted to take {change:.2g} × as long")
+    edge = evidence.learning_rate.edge.value
+    if edge is not None:
+        batch = evidence.learning_rate.global_batch
+        parts.append(f"at batch {batch} a ramp exploded near {edge:.2g}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
+
+
+def _predict(evidence: Evidence, outlook: Outlook, cell: Cell, baseline: Cell) -> Prediction:
+    setting = evidence.setting
+    log_steps = outlook.log_steps[:, outlook.index(cell)]
+    largest = max_micro_batch(evidence)
+
+    def seconds(batch: int) -> float:
+        return step_seconds(evidence.throughput, batch, largest, setting.replicas)
+
+    n = _count_runs(evidence) + 1
+    ratio = (
+        outlook.log_steps[:, outlook.index(baseline)]
+        - log_steps
+        + math.log(seconds(baseline.global_batch) / seconds(cell.global_batch))
+    )
+    return Prediction(
+        steps=_estimate(log_steps, 1.0, n),
+        seconds=_estimate(log_steps, seconds(cell.global_batch), n),
+        examples=_estimate(log_steps, float(cell.global_batch), n),
+        speedup=None if cell == baseline else _estimate(ratio, 1.0, n),
+    )
+
+
+_SEED_SPREAD = 0.15
+"""Standard deviation of ln time to target between seeds, met on image and text workloads."""
+
+
+def _estimate(logs: Sequence[float] | np.ndarray, unit: float, n: int) -> Estimate:
+    """Median and 95 % interval of exp(logs) × unit, the spread between seeds added."""
+    middle = float(np.median(logs))
+    spread = math.hypot(float(np.std(logs)), _SEED_SPREAD)
+    return Estimate(
+        value=math.exp(middle) * unit,
+        low=math.exp(middle - 1.96 * spread) * unit,
+        high=math.exp(middle + 1.96 * spread) * unit,
+        n=n,
+        method="posterior of the law of progress, and the usual spread between seeds",
+    )
+
+
+def _race_warnings(evidence: Evidence, cell: Cell, arrived: bool) -> list[str]:
+    race, setting = evidence.race, evidence.setting
+    assert race is not None
+    found: list[str] = []
+    if setting.target is None:
+        found.append(
+            f"No target was given. The loss counts as trained at {race.target_loss:.4g}, which "
+            f"batch {race.baseline_batch} reached in {race.baseline.examples:,} examples. Pass "
+            "target='val_loss<=…' to plan for the loss that you want."
+        )
+    elif not race.target_reached:
+        found.append(
+            f"The target {setting.target} was not reached by the baseline in "
+            f"{race.baseline.examples:,} examples; the plan is made for the loss it did reach, "
+            f"{race.target_loss:.4g}. Give a larger budget, or check the target."
+        )
+    if not arrived and race.target_reached:
+        found.append(
+            f"The run with batch {cell.global_batch} was stopped by the budget before it met the "
+            "target; that it will is predicted, not seen."
+        )
+    if race.stopped_by in {"time", "interrupt"}:
+        found.append(f"The race was ended early ({race.stopped_by}); this is its best so far.")
+    return found
+
+
+# ---- by probes ---------------------------------------------------------------------------------
+
+
+def noise_guide(evidence: Evidence) -> float:
+    """A noise scale of the right order for training as a whole, in examples.
+
+    B_simple grows during training, and most of the time is spent late: its last resolved value
+    along the warm trajectory, or its first, or the middle of what is usual.
+
+    Args:
+        evidence: What was measured.
+
+    Returns:
+        Examples.
+    """
+    points = [p.value for p in evidence.noise_scale.trajectory if p.value is not None]
+    return max(points[-1], 1.0) if points else _UNKNOWN_NOISE
+
+
+def baseline_rate(evidence: Evidence) -> float:
+    """The learning rate that the range test suggests at its batch.
+
+    The steepest point of the ramp, or the valley's middle; the edge says where it certainly ends.
+
+    Args:
+        evidence: What was measured.
+
+    Returns:
+        The learning rate.
+    """
+    probe = evidence.learning_rate
+    options = [e.value for e in (probe.steepest, probe.valley, probe.minimum_div_10) if e.value]
+    rate = math.exp(float(np.median(np.log(options)))) if options else 1e-3
+    edge = probe.edge.value
+    return min(rate, edge / 2) if edge else rate
+
+
+def rate_at(evidence: Evidence, batch: int) -> float:
+    """The range test's learning rate carried to another batch by the saturating law.
+
+    ε(B) ∝ 1/(1 + B_noise/B) for SGD (McCandlish et al. 2018, eq. 2.6); its square root for
+    optimizers that normalise by the gradient's size.
+
+    Args:
+        evidence: What was measured.
+        batch: The other batch.
+
+    Returns:
+        The learning rate at `batch`.
+    """
+    noise = noise_guide(evidence)
+    at = evidence.learning_rate.global_batch
+    ratio = (1 + noise / at) / (1 + noise / batch)
+    return baseline_rate(evidence) * (math.sqrt(ratio) if evidence.setting.normalised else ratio)
+
+
+def _choose_by_probes(evidence: Evidence) -> _Choice:
+    setting = evidence.setting
+    law = evidence.throughput.step_time.law
+    noise = noise_guide(evidence)
+    best = cost_optimal_batch(
+        critical_batch=noise,
+        alpha_seconds=law.alpha_seconds.value or 0.0,
+        beta_seconds=law.beta_seconds.value or 0.0,
+        floor_seconds=law.floor_seconds.value or 0.0,
+        largest=setting.num_examples,
+        price=_PRICES[setting.goal],
+    )
+    sizes = open_sizes(setting.num_examples, setting.replicas)
+    batch = min(sizes, key=lambda size: abs(math.log(size / best)))
+    low = min(sizes, key=lambda size: abs(math.log(size / (batch / 2.8))))
+    high = min(sizes, key=lambda size: abs(math.log(size / min(2.8 * batch, low * 8))))
+    knee = law.knee.value
+    limits = "" if knee is None else f" and the knee of the step time {knee:.3g}"
+    cell = Cell(global_batch=batch, learning_rate=rate_at(evidence, batch))
+    probe = evidence.learning_rate
+    return _Choice(
+        cell=cell,
+        near_best=NearBest(low=low, high=max(high, low)),
+        prediction=None,
+        batch_reason=Reason(
+            field="global_batch",
+            because=(
+                f"Cheapest by the laws, given a noise scale B_simple of {noise:.3g} "
+                f"(not the critical batch, but of its order){limits}."
+            ),
+            source="noise and throughput probes",
+        ),
+        lr_reason=Reason(
+            field="learning_rate",
+            because=(
+                f"The range test at batch {probe.global_batch} suggests "
+                f"{baseline_rate(evidence):.3g}, carried to batch {batch} by the "
+                f"{'square root of the ' if setting.normalised else ''}saturating law."
+            ),
+            source="learning-rate probe",
+        ),
+        warnings=(
+            "No training was run: batch and learning rate follow from probes and laws, and can "
+            "be several times off. effort='race' checks them.",
+        ),
+    )
+
+
+# ---- the rest of the recipe --------------------------------------------------------------------
+
+
+def _other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Reason]:
+    ceiling = max_micro_batch(evidence)
+    memory = evidence.memory
+    if memory is None:
+        why, source = "Memory was not measured; one micro-batch is the whole batch.", "default"
+    elif ceiling >= evidence.setting.num_examples:
+        why = f"All {ceiling:,} examples fit in memory at once, and were run."
+        source = "memory probe"
+    else:
+        free = memory.ceiling.headroom_bytes / 2**20
+        why = f"At most {ceiling:,} examples fit, run with {free:,.0f} MiB to spare."
+        source = "memory probe"
+    deviation = "" if split.exact else f" {split}"
+    return [
+        Reason(field="micro_batch", because=why + deviation, source=source),
+        Reason(
+            field="accumulation",
+            because=f"{recipe.micro_batch} × {recipe.accumulation} × {recipe.replicas} = "
+            f"{recipe.global_batch}.",
+            source="arithmetic",
+        ),
+        Reason(field="replicas", because="As asked for.", source="argument"),
+        Reason(
+            field="warmup_steps",
+            because="The learning rate was found without warm-up, from fresh weights."
+            if evidence.race is not None
+            else "No warm-up was tested.",
+            source="race" if evidence.race is not None else "default",
+        ),
+        Reason(
+            field="precision",
+            because=f"Everything was measured in {recipe.precision}.",
+            source="default",
+        ),
+    ]
+
+
+def _general_warnings(evidence: Evidence) -> list[str]:
+    found: list[str] = []
+    if evidence.setting.num_examples_is_cut:
+        found.append(
+            f"The data are a stream; its first {evidence.setting.num_examples:,} examples stand "
+            "for all of it."
+        )
+    if not evidence.noise_scale.noise_scale.resolved:
+        found.append("The noise scale at the start is not resolved: too noisy to tell.")
+    return found
+
+
+def interval_text(estimate: Estimate) -> str:
+    """An estimate as `2.1 (1.5 to 2.9)`."""
+    return _interval(estimate)
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return "unresolved"
+    ends = [f"{end:.2g}" if end is not None else "?" for end in (estimate.low, estimate.high)]
+    return f"{estimate.value:.2g} ({ends[0]} to {ends[1]})"

@@ -1,0 +1,343 @@
+"""Measuring what a plan needs, within a budget, and keeping the best answer so far."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from rightbatch.device.memory import parse_bytes
+from rightbatch.errors import UsageError
+from rightbatch.isolate import preserved_state
+from rightbatch.laws.split import split_batch
+from rightbatch.plan.choose import (
+    BASELINE_BATCH,
+    baseline_rate,
+    choose,
+    make_price,
+    max_micro_batch,
+    open_sizes,
+    step_seconds,
+)
+from rightbatch.plan.records import Effort, Environment, Evidence, Goal, Plan, Setting
+from rightbatch.probes.learning_rate import find_learning_rate
+from rightbatch.probes.memory import measure_memory
+from rightbatch.probes.noise import measure_noise_scale
+from rightbatch.probes.throughput import measure_throughput
+from rightbatch.recipe import Recipe
+from rightbatch.study.contestant import TrainingContestant, looked_at
+from rightbatch.study.race import Race, RaceSettings
+from rightbatch.study.records import RaceRecord
+from rightbatch.training import Training
+from rightbatch.workload import Workload, check_workload
+
+Progress = Callable[..., None]
+DEFAULT_BUDGET = "2min"
+_FEWEST_TIMED = 6000
+"""Timed examples cost as much as trained ones; large sizes are left to the law beyond this or N."""
+MOST_EPOCHS = 100
+"""The baseline gives up on the target after this many epochs when no budget ends it before."""
+_FEWEST_EPOCHS = 2.0
+"""A race whose baseline could not do this many epochs within the budget is not begun."""
+_DURATION = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>s|sec|min|m|h)?\s*")
+_UNITS = {None: 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def make_plan(
+    workload: Workload,
+    *,
+    goal: Goal = "time",
+    effort: Effort = "auto",
+    budget: str | float | None = None,
+    target: str | None = None,
+    memory_limit: int | str | None = None,
+    replicas: int = 1,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Finds the batch size, the learning rate and what hangs on them, and says why.
+
+    Args:
+        workload: What to train.
+        goal: `time`: least modelled seconds to the target; `examples`: least compute; `steps`:
+            fewest updates; `quality`: the best loss for what the baseline costs.
+        effort: `probe`: measure, run no training. `race`: a few runs' cost. `auto`: a race if
+            one fits the budget.
+        budget: Wall time, such as `"2min"` or seconds. Default: two minutes for `auto`; none
+            otherwise.
+        target: What counts as trained. Default: the workload's, else what the baseline reaches.
+        memory_limit: Bytes, or text such as `"8GiB"`. Default: what is free.
+        replicas: Data-parallel workers that will train.
+        device: Where to measure.
+        seed: Of everything random.
+        progress: Called with what is being done, in words.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UsageError: If an argument is wrong.
+        WorkloadError: If the workload cannot be trained.
+        NoBatchFitsError: If not even one example fits in memory.
+    """
+    started = time.monotonic()
+    say = progress or (lambda *_: None)
+    _check_choice("goal", goal, ("time", "examples", "steps", "quality"))
+    _check_choice("effort", effort, ("auto", "probe", "race"))
+    if target is not None:
+        workload = replace(workload, target=target)
+    if budget is None and effort == "auto":
+        budget = DEFAULT_BUDGET
+    seconds = None if budget is None else parse_seconds(budget)
+    check_workload(workload, device=device)
+    evidence = _probe(
+        workload, _Asked(goal, effort, seconds, replicas, device, seed), memory_limit, say
+    )
+    with preserved_state():
+        race, notes = _race_if_wanted(workload, evidence, started, say)
+    evidence = replace(evidence, race=race)
+    plan = choose(workload.name, evidence, seconds=time.monotonic() - started)
+    return replace(plan, warnings=(*plan.warnings, *notes))
+
+
+def probe(
+    workload: Workload,
+    *,
+    device: str = "cpu",
+    memory_limit: int | str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Measures memory, step time, noise scale and learning rate; trains nothing.
+
+    Args:
+        workload: What to train.
+        device: Where to measure.
+        memory_limit: Bytes, or text such as `"8GiB"`. Default: what is free.
+        seed: Of everything random.
+        progress: Called with what is being done, in words.
+
+    Returns:
+        The evidence, without a race.
+    """
+    check_workload(workload, device=device)
+    asked = _Asked("time", "probe", None, 1, device, seed)
+    return _probe(workload, asked, memory_limit, progress or (lambda *_: None))
+
+
+def replay_plan(plan: Plan) -> Plan:
+    """Recomputes a plan from its own evidence, without running a model.
+
+    Args:
+        plan: A plan, usually read from its file.
+
+    Returns:
+        The plan that follows from the evidence; the same, bit for bit, unless rightbatch changed.
+    """
+    again = choose(plan.workload, plan.evidence, seconds=plan.cost.seconds)
+    notes = [w for w in plan.warnings if w.startswith(_NOT_RACED)]
+    return replace(again, warnings=(*again.warnings, *notes))
+
+
+def parse_seconds(budget: str | float) -> float:
+    """Reads a duration such as `"30s"`, `"2min"`, `"1h"` or a number of seconds.
+
+    Args:
+        budget: The duration.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        UsageError: If it cannot be read or is not positive.
+
+    Example:
+        >>> parse_seconds("2min")
+        120.0
+    """
+    match = _DURATION.fullmatch(str(budget))
+    value = float(match["number"]) * _UNITS[match["unit"]] if match else 0.0
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(
+            f"The budget {budget!r} is no duration. Write it like '30s', '2min' or '1h'."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments that travel together."""
+
+    goal: Goal
+    effort: Effort
+    seconds: float | None
+    replicas: int
+    device: str
+    seed: int
+
+
+def _probe(
+    workload: Workload, asked: _Asked, memory_limit: int | str | None, say: Progress
+) -> Evidence:
+    device, seed = asked.device, asked.seed
+    environment = describe_environment()
+    with preserved_state():
+        optimizer = workload.make_optimizer(workload.build_model(seed, device).parameters(), 1.0)
+    say("memory: how many examples fit at once")
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    memory = measure_memory(workload, device=device, memory_limit=limit)
+    ceiling = memory.ceiling.micro_batch
+    say("throughput: seconds per step at each size")
+    throughput = measure_throughput(
+        workload,
+        device=device,
+        max_micro_batch=ceiling,
+        max_examples=max(_FEWEST_TIMED, workload.num_examples),
+        seed=seed,
+    )
+    say("noise: how much examples disagree on the gradient")
+    noise = measure_noise_scale(
+        workload,
+        device=device,
+        seed=seed,
+        max_examples=1024,
+        micro_batch=min(ceiling, BASELINE_BATCH),
+    )
+    say("learning rate: range test")
+    batch = min(BASELINE_BATCH, workload.num_examples)
+    learning_rate = find_learning_rate(
+        workload,
+        global_batch=batch,
+        max_micro_batch=ceiling,
+        seeds=3 if asked.effort == "probe" else 1,
+        num_steps=100 if asked.effort == "probe" else 60,
+        device=device,
+        seed=seed,
+    )
+    return Evidence(
+        setting=Setting(
+            goal=asked.goal,
+            effort=asked.effort,
+            budget_seconds=asked.seconds,
+            target=workload.target,
+            num_examples=workload.num_examples,
+            num_examples_is_cut=workload.train_examples.truncated,
+            replicas=asked.replicas,
+            optimizer=type(optimizer).__name__,
+            # Momentum averages updates and leaves them unbiased; all others rescale them.
+            normalised=not isinstance(optimizer, torch.optim.SGD),
+            device=device,
+            seed=seed,
+        ),
+        environment=environment,
+        memory=memory,
+        throughput=throughput,
+        noise_scale=noise,
+        learning_rate=learning_rate,
+        race=None,
+    )
+
+
+_NOT_RACED = "No race was run"
+
+
+def _race_if_wanted(
+    workload: Workload, evidence: Evidence, started: float, say: Progress
+) -> tuple[RaceRecord | None, tuple[str, ...]]:
+    """The race, unless probes were asked for or the budget is too small for one."""
+    setting = evidence.setting
+    if setting.effort == "probe":
+        return None, ()
+    batch = min(BASELINE_BATCH, setting.num_examples)
+    ceiling = max_micro_batch(evidence)
+    epoch_seconds = step_seconds(evidence.throughput, batch, ceiling) * setting.num_examples / batch
+    left = None
+    most_epochs = float(MOST_EPOCHS)
+    if setting.budget_seconds is not None:
+        left = max(0.0, setting.budget_seconds - (time.monotonic() - started))
+        # A third of what is left for the baseline leaves room for the rest of the race.
+        most_epochs = min(most_epochs, left / 3 / epoch_seconds)
+    if setting.effort == "auto" and most_epochs < _FEWEST_EPOCHS:
+        needed = (3 * _FEWEST_EPOCHS * epoch_seconds + time.monotonic() - started) / 60
+        return None, (
+            f"{_NOT_RACED}: it would need about {math.ceil(needed)} minutes or more. A larger "
+            "budget, or effort='race', can change batch size and learning rate.",
+        )
+    return _run_race(workload, evidence, batch, most_epochs, left, say), ()
+
+
+def _run_race(
+    workload: Workload,
+    evidence: Evidence,
+    batch: int,
+    most_epochs: float,
+    seconds: float | None,
+    say: Progress,
+) -> RaceRecord:
+    setting = evidence.setting
+    ceiling = max_micro_batch(evidence)
+
+    def make_recipe(global_batch: int, learning_rate: float) -> Recipe:
+        split = split_batch(global_batch, min(ceiling, global_batch), 1)
+        return Recipe(
+            global_batch=split.global_batch,
+            micro_batch=split.micro_batch,
+            learning_rate=learning_rate,
+        )
+
+    def fresh(global_batch: int, learning_rate: float) -> TrainingContestant:
+        training = Training(
+            workload,
+            make_recipe(global_batch, learning_rate),
+            seed=setting.seed,
+            device=setting.device,
+        )
+        return TrainingContestant(training, workload.parsed_target, make_recipe)
+
+    race = Race(
+        fresh,
+        sizes=open_sizes(setting.num_examples, setting.replicas),
+        price=make_price(setting.goal, evidence.throughput, ceiling, setting.replicas),
+        first_lr=baseline_rate(evidence),
+        normalised=setting.normalised,
+        settings=RaceSettings(
+            baseline_batch=batch,
+            max_baseline_examples=max(batch * 64, int(most_epochs * setting.num_examples)),
+            seconds=seconds,
+        ),
+        seed=setting.seed,
+        progress=say,
+    )
+    # An interrupted race leaves what it knows; whoever pressed Ctrl-C wants the answer so far.
+    race.run()
+    return race.record(looked_at(workload).num_examples)
+
+
+def describe_environment() -> Environment:
+    """The versions, the machine and the thread count that measurements were made with."""
+    return Environment(
+        rightbatch=metadata.version("rightbatch"),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        platform=platform.platform(),
+        processor=platform.processor() or platform.machine(),
+        num_cpus=os.cpu_count() or 1,
+        num_threads=torch.get_num_threads(),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.")
