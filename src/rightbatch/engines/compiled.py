@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from torch import Tensor
 
+from rightbatch.engines.compiler import compiler_of
 from rightbatch.engines.copies import (
     BoolArray,
     CopiesEvaluation,
@@ -20,7 +20,7 @@ from rightbatch.engines.copies import (
 )
 from rightbatch.engines.lowering.dtypes import to_numpy, to_torch
 from rightbatch.engines.optimizers import OptimizerPlan, init_state, read_optimizer
-from rightbatch.engines.program import Carry, Compiler, Program, new_carry
+from rightbatch.engines.program import Carry, Stretch, new_carry
 from rightbatch.engines.trace import named_tensors
 from rightbatch.engines.unsupported import Unsupported
 from rightbatch.recipe import Recipe
@@ -30,24 +30,6 @@ from rightbatch.workload import Workload
 _MAX_ORDER_BYTES = 64 * 2**20
 _STEPS_PER_CALL = 4096
 _VERIFIED_STEPS = 3
-_compilers: WeakKeyDictionary[Workload, Compiler | Unsupported] = WeakKeyDictionary()
-
-
-def compiler_of(workload: Workload) -> Compiler:
-    """The compiler of a workload, made at the first call.
-
-    Raises:
-        Unsupported: If the workload cannot be compiled at any batch size.
-    """
-    if workload not in _compilers:
-        try:
-            _compilers[workload] = Compiler(workload)
-        except Unsupported as reason:
-            _compilers[workload] = reason
-    found = _compilers[workload]
-    if isinstance(found, Unsupported):
-        raise Unsupported(str(found))
-    return found
 
 
 class CompiledCopies:
@@ -110,13 +92,15 @@ class CompiledCopies:
             count = min(num_steps - done, epochs_per_call * per_epoch - first)
             touched, last = divmod(first + count - 1, per_epoch)
             orders = self._epoch_orders(seeds, epoch, touched + 1, epochs_per_call)
-            self._carry = self._program.run(
-                self._plan.groups,
-                self._carry,
-                orders,
-                which.astype(np.int32),
-                (touched + 1, first, last + 1),
+            stretch = Stretch(
+                orders=orders,
+                which=which.astype(np.int32),
+                num_copies=len(self.seeds),
+                num_epochs=touched + 1,
+                first=first,
+                last=last + 1,
             )
+            self._carry = self._program.run(self._plan.groups, self._carry, stretch)
             self.steps += count
             done += count
         self._losses_since += num_steps
@@ -150,9 +134,7 @@ class CompiledCopies:
             return
         self._held = _slots(len(kept))
         rows = jnp.asarray(self._padded(kept))
-        step = self._carry["step"]
-        self._carry = jax.tree.map(lambda x: x if x.ndim == 0 else x[rows], self._carry)
-        self._carry["step"] = step
+        self._carry = jax.tree.map(lambda x: x[rows], self._carry)
 
     def state_dict(self, copy_index: int) -> dict[str, Tensor]:
         """Weights and buffers of one copy (an index into the copies still held)."""
@@ -217,10 +199,9 @@ class CompiledCopies:
             return None, None
         if len(self.seeds) == 0:
             return np.zeros(0), np.zeros(0) if evaluator.has_metric else None
-        sums = [np.array(s, np.float64).sum(axis=0) for s in evaluator(self._carry)]
-        count = len(self.seeds)
-        metric = sums[2][:count] / evaluator.num_examples if evaluator.has_metric else None
-        return sums[0][:count] / sums[1][:count], metric
+        sums = evaluator(self._carry["trained"], self._carry["carried"], len(self.seeds))
+        metric = sums[2] / evaluator.num_examples if evaluator.has_metric else None
+        return sums[0] / sums[1], metric
 
     def _verify(self, workload: Workload, global_batch: int) -> None:
         """Compares the first steps' losses with torch's, for the copy with the smallest rate."""

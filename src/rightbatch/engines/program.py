@@ -3,105 +3,54 @@
 The compiled function runs a stretch of training that may begin and end inside an epoch: a loop
 over epochs around a loop over steps, both with bounds that are arguments, so that another number
 of steps compiles nothing. The smaller last batch of an epoch is a second graph after the inner
-loop. One copy's step is written once and mapped over copies; the data are not copied.
+loop. One copy's step is written once. Small steps are mapped over all copies at once, which shares
+the loop's overhead among them; of large steps one copy after the other does its whole stretch,
+which keeps its intermediate results in the cache.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rightbatch.engines.device_set import DeviceSet
 from rightbatch.engines.lowering import lower
-from rightbatch.engines.lowering.dtypes import to_jax
 from rightbatch.engines.lowering.graph import Lowered
 from rightbatch.engines.optimizers import Group, State, update
-from rightbatch.engines.trace import Layout, find_layout, trace_evaluation, trace_training
-from rightbatch.engines.whole_set import WholeSet, collate_all
-from rightbatch.training.evaluate import EVALUATION_BATCH
+from rightbatch.engines.trace import Layout, trace_training
 from rightbatch.training.loop import EXPLOSION
 from rightbatch.workload import Workload
 
+MAX_SHARED_STEP_BYTES = 0.5e6
+"""Copies are advanced together while the results of one copy's step take up to this much."""
+
 Carry = dict[str, Any]
+OneStep = Callable[[Lowered, Array, Carry], Carry]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DeviceSet:
-    """A set of examples on the device.
+class Stretch(NamedTuple):
+    """What to run; arrays or numbers, so that no value of it is compiled in.
 
     Attributes:
-        whole: The same as torch tensors, to trace with.
-        leaves: Shape (examples, …) each.
+        orders: Data order, int32, shape (epochs, seeds, examples).
+        which: Row of `orders` that each copy follows, int32, shape (slots,).
+        num_copies: Copies in use, from the first slot.
+        num_epochs: Epochs touched.
+        first: First step within the first epoch.
+        last: End step within the last epoch.
     """
 
-    whole: WholeSet
-    leaves: list[Array]
-
-    @property
-    def num_examples(self) -> int:
-        """How many examples there are."""
-        return self.whole.num_examples
-
-
-def put_on_device(examples: Any) -> DeviceSet:
-    """Copies a set of examples to the device.
-
-    Args:
-        examples: The set.
-
-    Returns:
-        The set on the device.
-    """
-    whole = collate_all(examples)
-    return DeviceSet(whole=whole, leaves=[to_jax(leaf) for leaf in whole.leaves])
-
-
-class Evaluator:
-    """Evaluates copies on the validation set; one per workload."""
-
-    def __init__(self, workload: Workload, layout: Layout, data: DeviceSet) -> None:
-        self.has_metric = workload.loss is not None and workload.metric is not None
-        self.num_examples = data.num_examples
-        self._leaves = data.leaves
-        size = min(EVALUATION_BATCH, data.num_examples)
-        self._full_batches, rest = divmod(data.num_examples, size)
-        self._size = size
-
-        def trace(rows: int) -> Lowered:
-            model = workload.build_model(0)
-            return lower(trace_evaluation(workload, model, layout, data.whole, rows))
-
-        self._full = trace(size)
-        self._rest = trace(rest) if rest else None
-        self._run = jax.jit(self._evaluate_copies)
-
-    def __call__(self, carry: Carry) -> list[Any]:
-        """Loss sums, counts and metric sums, each of shape (batches, copies)."""
-        return self._run(carry["trained"], carry["carried"], self._leaves)
-
-    def _evaluate_copies(
-        self, trained: list[Array], carried: list[Array], leaves: list[Array]
-    ) -> list[Array]:
-        def batch_sums(graph: Lowered, batch: list[Array]) -> list[Array]:
-            return jax.vmap(lambda t, c: list(graph(t, c, batch)))(trained, carried)
-
-        def full(index: Array) -> list[Array]:
-            batch = [
-                lax.dynamic_slice_in_dim(leaf, index * self._size, self._size) for leaf in leaves
-            ]
-            return batch_sums(self._full, batch)
-
-        sums = lax.map(full, jnp.arange(self._full_batches))
-        if self._rest is not None:
-            tail = [leaf[self._full_batches * self._size :] for leaf in leaves]
-            rest = batch_sums(self._rest, tail)
-            sums = [jnp.concatenate([s, r[None]]) for s, r in zip(sums, rest, strict=True)]
-        return sums
+    orders: Any
+    which: Any
+    num_copies: Any
+    num_epochs: Any
+    first: Any
+    last: Any
 
 
 class Program:
@@ -112,6 +61,9 @@ class Program:
         global_batch: Examples per update.
         layout: Which tensors are trained.
         data: The training set on the device.
+
+    Raises:
+        Unsupported: If the training step cannot be traced or lowered.
     """
 
     def __init__(
@@ -130,24 +82,16 @@ class Program:
 
         self._full = trace(self.global_batch)
         self._rest = trace(self.rest) if self.rest else None
+        self.together = self._full.result_bytes <= MAX_SHARED_STEP_BYTES
         self._compiled: dict[tuple[Group, ...], Callable[..., Carry]] = {}
 
-    def run(
-        self,
-        groups: tuple[Group, ...],
-        carry: Carry,
-        orders: Any,
-        which: Any,
-        bounds: Sequence[int],
-    ) -> Carry:
+    def run(self, groups: tuple[Group, ...], carry: Carry, stretch: Stretch) -> Carry:
         """Advances all copies.
 
         Args:
             groups: The optimizer's parameter groups.
             carry: State of the copies; it is consumed.
-            orders: Data order, int32, shape (epochs, seeds, examples).
-            which: Row of `orders` that each copy follows, int32, shape (copies,).
-            bounds: Number of epochs touched; first step of the first; end step of the last.
+            stretch: What to run.
 
         Returns:
             The new state.
@@ -155,56 +99,60 @@ class Program:
         if groups not in self._compiled:
             function = functools.partial(self._advance, groups)
             self._compiled[groups] = jax.jit(function, donate_argnums=0)
-        numbers = jnp.asarray(bounds, jnp.int32)
-        return self._compiled[groups](carry, orders, which, numbers, self._leaves)
+        return self._compiled[groups](carry, stretch, self._leaves)
 
     def _advance(
-        self,
-        groups: tuple[Group, ...],
-        carry: Carry,
-        orders: Array,
-        which: Array,
-        bounds: Array,
-        leaves: list[Array],
+        self, groups: tuple[Group, ...], carry: Carry, stretch: Stretch, leaves: list[Array]
     ) -> Carry:
-        num_epochs, first, last = bounds[0], bounds[1], bounds[2]
-        num_seeds = orders.shape[1]
+        step = functools.partial(step_of_one_copy, groups, leaves)
+        slots = len(carry["limit"])
+        if slots == 1 or not self.together:
+            return self._one_by_one(step, carry, stretch)
+        return self._all_at_once(step, carry, stretch)
 
-        def step(graph: Lowered, rows: int, epoch: Array, position: Array, carry: Carry) -> Carry:
+    def _all_at_once(self, step: OneStep, carry: Carry, stretch: Stretch) -> Carry:
+        def mapped(graph: Lowered, rows: Array, carry: Carry) -> Carry:
+            # Also where all copies read the same rows: a batch of products with one factor in
+            # common is slower than a batch of plain ones.
+            return jax.vmap(lambda copy, own: step(graph, own, copy))(carry, rows[stretch.which])
+
+        return self._loop(mapped, carry, stretch, stretch.orders)
+
+    def _one_by_one(self, step: OneStep, carry: Carry, stretch: Stretch) -> Carry:
+        def single(graph: Lowered, rows: Array, carry: Carry) -> Carry:
+            return step(graph, rows[0], carry)
+
+        def one(copy: Array, carry: Carry) -> Carry:
+            own = jax.tree.map(lambda x: x[copy], carry)
+            order = lax.dynamic_slice_in_dim(stretch.orders, stretch.which[copy], 1, axis=1)
+            own = self._loop(single, own, stretch, order)
+            return jax.tree.map(lambda x, value: x.at[copy].set(value), carry, own)
+
+        return lax.fori_loop(0, stretch.num_copies, one, carry)
+
+    def _loop(self, advance: OneStep, carry: Carry, stretch: Stretch, orders: Array) -> Carry:
+        """The loop over epochs and steps; `advance` gets the rows of every seed in `orders`."""
+
+        def step(graph: Lowered, size: int, epoch: Array, position: Any, carry: Carry) -> Carry:
             start = position * self.global_batch
-            indices = lax.dynamic_slice(orders, (epoch, 0, start), (1, num_seeds, rows))[0]
-            one = functools.partial(_step_of_one_copy, graph, groups, leaves, carry["step"])
-            if num_seeds == 1:
-                advanced = jax.vmap(one, in_axes=(0, None))(_per_copy(carry), indices[0])
-            else:
-                advanced = jax.vmap(one)(_per_copy(carry), indices[which])
-            return {**advanced, "step": carry["step"] + 1}
+            rows = lax.dynamic_slice(orders, (epoch, 0, start), (1, orders.shape[1], size))
+            return advance(graph, rows[0], carry)
 
         def epoch_body(epoch: Array, carry: Carry) -> Carry:
-            begin = jnp.where(epoch == 0, first, 0)
-            end = jnp.where(epoch == num_epochs - 1, last, self.steps_per_epoch)
-            if self.full_steps:
-                carry = lax.fori_loop(
-                    begin,
-                    jnp.minimum(end, self.full_steps),
-                    lambda position, c: step(self._full, self.global_batch, epoch, position, c),
-                    carry,
-                )
-            if self._rest is None:
-                return carry
-            rest, final = self._rest, jnp.asarray(self.full_steps)
-            return lax.cond(
-                end > self.full_steps,
-                lambda c: step(rest, self.rest, epoch, final, c),
-                lambda c: c,
+            begin = jnp.where(epoch == 0, stretch.first, 0)
+            end = jnp.where(epoch == stretch.num_epochs - 1, stretch.last, self.steps_per_epoch)
+            carry = lax.fori_loop(
+                begin,
+                jnp.minimum(end, self.full_steps),
+                lambda position, c: step(self._full, self.global_batch, epoch, position, c),
                 carry,
             )
+            if self._rest is None:
+                return carry
+            rest = functools.partial(step, self._rest, self.rest, epoch, self.full_steps)
+            return lax.cond(end > self.full_steps, rest, lambda c: c, carry)
 
-        return lax.fori_loop(0, num_epochs, epoch_body, carry)
-
-
-def _per_copy(carry: Carry) -> Carry:
-    return {name: value for name, value in carry.items() if name != "step"}
+        return lax.fori_loop(0, stretch.num_epochs, epoch_body, carry)
 
 
 def new_carry(
@@ -214,44 +162,57 @@ def new_carry(
     learning_rates: list[Array],
     decays: list[Array],
 ) -> Carry:
-    """State of a group of copies before the first update; arrays have a leading copies axis."""
-    copies = learning_rates[0].shape
+    """State of a group of copies before the first update; every array has a leading slots axis.
+
+    Args:
+        trained: Initial values of the trained tensors.
+        carried: Initial values of all other tensors.
+        states: Optimizer state.
+        learning_rates: Shape (slots,), one array per parameter group.
+        decays: Likewise.
+
+    Returns:
+        The state.
+    """
+    slots = learning_rates[0].shape
     return {
         "trained": trained,
         "carried": carried,
         "states": states,
         "learning_rates": learning_rates,
         "decays": decays,
-        "limit": jnp.full(copies, jnp.inf, jnp.float32),
-        "diverged": jnp.zeros(copies, jnp.bool_),
-        "loss_sum": jnp.zeros(copies, jnp.float32),
-        "loss_rest": jnp.zeros(copies, jnp.float32),
-        "step": jnp.zeros((), jnp.int32),
+        "limit": jnp.full(slots, jnp.inf, jnp.float32),
+        "diverged": jnp.zeros(slots, jnp.bool_),
+        "loss_sum": jnp.zeros(slots, jnp.float32),
+        "loss_rest": jnp.zeros(slots, jnp.float32),
+        "step": jnp.zeros(slots, jnp.int32),
     }
 
 
-def _step_of_one_copy(
-    graph: Lowered,
-    groups: tuple[Group, ...],
-    leaves: list[Array],
-    step: Array,
-    copy: Carry,
-    indices: Array,
+def step_of_one_copy(
+    groups: tuple[Group, ...], leaves: list[Array], graph: Lowered, rows: Array, copy: Carry
 ) -> Carry:
-    batch = [leaf[indices] for leaf in leaves]
+    """One update of one copy.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        leaves: The training set.
+        graph: Loss and gradient at this batch size.
+        rows: Examples of the batch, int32, shape (batch,).
+        copy: The copy's state, without the slots axis.
+
+    Returns:
+        Its new state.
+    """
+    batch = [leaf[rows] for leaf in leaves]
     loss, gradients, carried = graph(copy["trained"], copy["carried"], batch)
+    rates, decays = copy["learning_rates"], copy["decays"]
     trained, states = update(
-        groups,
-        copy["trained"],
-        gradients,
-        copy["states"],
-        copy["learning_rates"],
-        copy["decays"],
-        step,
+        groups, copy["trained"], gradients, copy["states"], rates, decays, copy["step"]
     )
     magnitude = jnp.abs(loss)
     first_limit = EXPLOSION * jnp.maximum(magnitude, 1e-8)
-    limit = jnp.where(step == 0, first_limit, copy["limit"])
+    limit = jnp.where(copy["step"] == 0, first_limit, copy["limit"])
     # Kahan's sum: over a hundred thousand steps a plain float32 sum would lose digits.
     corrected = loss - copy["loss_rest"]
     total = copy["loss_sum"] + corrected
@@ -265,26 +226,5 @@ def _step_of_one_copy(
         "diverged": copy["diverged"] | ~((magnitude <= limit) & jnp.isfinite(magnitude)),
         "loss_sum": total,
         "loss_rest": (total - copy["loss_sum"]) - corrected,
+        "step": copy["step"] + 1,
     }
-
-
-class Compiler:
-    """Everything compiled for one workload: its data on the device, its programs, its evaluator."""
-
-    def __init__(self, workload: Workload) -> None:
-        self.data = put_on_device(workload.train_examples)
-        model = workload.build_model(0)
-        rows = min(2, self.data.num_examples)
-        self.layout = find_layout(workload, model, self.data.whole, rows)
-        self.evaluator = None
-        if workload.val_examples is not None:
-            validation = put_on_device(workload.val_examples)
-            self.evaluator = Evaluator(workload, self.layout, validation)
-        self._programs: dict[int, Program] = {}
-
-    def program(self, workload: Workload, global_batch: int) -> Program:
-        """The program for a global batch, traced at the first call."""
-        size = min(global_batch, self.data.num_examples)
-        if size not in self._programs:
-            self._programs[size] = Program(workload, size, self.layout, self.data)
-        return self._programs[size]

@@ -48,6 +48,13 @@ class Lowered:
     graph: GraphModule
     constants: dict[str, Array]
 
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of all operations' results together, none fused: how large a step is."""
+        return sum(
+            t.nbytes for node in self.graph.graph.nodes for t in _expected(node) if t is not None
+        )
+
     def __call__(self, *trees: Any) -> Any:
         """Runs the graph.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -148,22 +149,20 @@ def _as_product(
 ) -> Array:
     batch, channels = x.shape[:2]
     out_channels, kernel = weight.shape[0], weight.shape[2:]
-    slices = taps(x, kernel, stride, dilation, out)
-    # (batch, taps, channels, places): channels inside taps, so that a slice is not interleaved.
-    places = 1
-    for size in out:
-        places *= size
-    patches = jnp.stack(slices, axis=1).reshape(batch, len(slices), channels, places)
-    rows = weight.reshape(out_channels, -1, len(slices))
+    # Channels lead and examples stay beside places, so that the stacked slices are the right
+    # factor of one product as they lie in memory: no transposed copy of the patches is made.
+    slices = taps(jnp.swapaxes(x, 0, 1), kernel, stride, dilation, out)
+    columns = batch * math.prod(out)
+    patches = jnp.stack(slices)
+    rows = weight.reshape(out_channels, channels // groups, len(slices))
     if groups == 1:
-        patches = patches.reshape(batch, len(slices) * channels, places)
-        rows = jnp.swapaxes(rows, 1, 2).reshape(out_channels, -1)
-        result = jnp.einsum("ok,bkp->bop", rows, patches, precision=_EXACT)
+        patches = patches.reshape(len(slices) * channels, columns)
+        result = matmul(jnp.swapaxes(rows, 1, 2).reshape(out_channels, -1), patches)
     else:
-        patches = patches.reshape(batch, len(slices), groups, channels // groups, places)
+        patches = patches.reshape(len(slices), groups, channels // groups, columns)
         rows = rows.reshape(groups, out_channels // groups, channels // groups, len(slices))
-        result = jnp.einsum("gock,bkgcp->bgop", rows, patches, precision=_EXACT)
-    return result.reshape(batch, out_channels, *out)
+        result = jnp.einsum("gock,kgcp->gop", rows, patches, precision=_EXACT)
+    return jnp.swapaxes(result.reshape(out_channels, batch, *out), 0, 1)
 
 
 def _convolution_backward(
