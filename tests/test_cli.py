@@ -119,7 +119,7 @@ def test_train_as_text_opens_with_the_answer(capsys: Captured) -> None:
     captured = capsys.readouterr()
     assert captured.err == ""
     assert captured.out.startswith("Trained max3 with batch 100 for 2 epochs in ")
-    assert "the target val_loss<=0.25\nwas not met." in captured.out
+    assert "the target val_loss<=0.25 was not met." in " ".join(captured.out.split())
     assert max(len(line) for line in captured.out.splitlines()) <= 80
 
 
@@ -166,7 +166,7 @@ def test_train_a_workload_of_a_file(tmp_path: Path, capsys: Captured) -> None:
 
 PROBES: dict[str, tuple[list[str], dict[str, str]]] = {
     "throughput": (
-        ["--budget", "300ms"],
+        ["--budget", "0.3s"],
         {"law": "alpha_seconds beta_seconds knee", "sizes": "micro_batch seconds low high n"},
     ),
     "noise": ([], {"noise_scale": "value low high n method", "trajectory": "step value low high"}),
@@ -210,6 +210,28 @@ def test_probes_as_text_open_with_the_answer(kind: str, capsys: Captured) -> Non
     assert captured.err == ""
 
 
+def test_a_plan_is_kept_replayed_and_trained_with(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ["plan", "max3", "--effort", "probe", "--memory", "1GiB", "--out", str(out)]
+    assert main([*arguments, "--json", "--quiet"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == "rightbatch.plan/1"
+    promised = "workload goal effort recipe near_best reasons evidence cost warnings"
+    assert set(promised.split()) <= set(printed)
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    kept.pop("sha256")
+    assert kept == printed
+    assert main(["plan", "--replay", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == printed["recipe"]
+    assert main(["train", "max3", "--plan", str(out), "--epochs", "1", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == printed["recipe"]
+    damaged = bytearray(out.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    out.write_bytes(damaged)
+    assert main(["plan", "--replay", str(out)]) == 5
+    assert "plan.json" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------- exit codes
 
 
@@ -227,10 +249,11 @@ def test_probes_as_text_open_with_the_answer(kind: str, capsys: Captured) -> Non
         (["train", "max3", "--plan", "no.json"], "does not exist"),
         ([*TRAIN, "--plan", __file__], "--plan already says batch size"),
         ([*TRAIN, "--device", "quantum"], "device 'quantum' cannot be used"),
-        (["probe", "memory", "max3", "--memory", "much"], "'much' is no amount of memory"),
-        (["probe", "throughput", "max3", "--budget", "0s"], "'0s' is no duration"),
+        (["probe", "memory", "max3", "--memory", "much"], "memory size 'much' cannot be read"),
+        (["probe", "throughput", "max3", "--budget", "0s"], "budget '0s' is no duration"),
         (["plan"], "Name a WORKLOAD, or pass --replay plan.json"),
         (["plan", "max3", "--goal", "speed"], "speed"),
+        (["plan", "max3", "--out", "no/such/plan.json"], "There is no folder 'no/such'"),
     ],
 )
 def test_mistakes_of_use_exit_2(arguments: list[str], message: str, capsys: Captured) -> None:

@@ -98,12 +98,17 @@ def plan(
     ] = None,
     goal: Annotated[Goal, typer.Option(help="What should be least; quality: best.")] = "time",
     effort: Annotated[Effort, typer.Option(help="How much to try out.")] = "auto",
-    budget: BudgetOption = "2min",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time to spend, such as 30s or 2min. Default with --effort auto: 2min."),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
     ] = None,
     memory: MemoryOption = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Data-parallel workers.")] = 1,
     device: DeviceOption = "cpu",
+    seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="Write the plan and its evidence.")] = None,
     replay: Annotated[
         Path | None,
@@ -124,12 +129,14 @@ def plan(
         output,
         workload,
         out=out,
-        memory=memory,
+        memory_limit=memory,
         goal=goal,
         effort=effort,
         budget=budget,
         target=target,
+        replicas=replicas,
         device=device,
+        seed=seed,
     )
 
 
@@ -142,10 +149,7 @@ def probe_memory(
     quiet: QuietOption = False,
 ) -> int:
     """The largest micro-batch that fits, and what the memory is used for."""
-    from rightbatch.cli.units import parse_bytes
-
-    limit = None if memory is None else parse_bytes(memory)
-    return _probe("memory", workload, device, as_json, quiet, memory_limit=limit)
+    return _probe("memory", workload, device, as_json, quiet, memory_limit=memory)
 
 
 @probe_app.command("throughput")
@@ -199,6 +203,6 @@ def _probe(
 
 
 def _seconds(name: str, text: str | None) -> dict[str, float]:
-    from rightbatch.cli.units import parse_seconds
+    from rightbatch.plan.make import parse_seconds
 
     return {} if text is None else {name: parse_seconds(text)}

@@ -1,65 +1,8 @@
-"""Durations and amounts of memory as people type them, and numbers as people read them."""
+"""Numbers, durations, amounts of memory and intervals as people read them."""
 
 from __future__ import annotations
 
-import re
-
-from rightbatch.errors import UsageError
 from rightbatch.laws.estimate import Estimate
-
-_SECONDS = {"ms": 0.001, "s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600}
-_BYTES = {
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
-}
-_QUANTITY = re.compile(r"\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*")
-
-
-def parse_seconds(text: str) -> float:
-    """Reads a duration.
-
-    Args:
-        text: Such as `30s`, `2min`, `1.5h`, or a number of seconds.
-
-    Returns:
-        Seconds.
-
-    Raises:
-        UsageError: If it is none, or not positive.
-
-    Example:
-        >>> parse_seconds("2min")
-        120.0
-    """
-    return _parse(text, _SECONDS, "duration", "30s, 2min or 1h", "s")
-
-
-def parse_bytes(text: str) -> int:
-    """Reads an amount of memory.
-
-    Args:
-        text: Such as `8GiB`, `500MB`, or a number of bytes.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        UsageError: If it is none, or not positive.
-
-    Example:
-        >>> parse_bytes("1.5KiB")
-        1536
-    """
-    return int(_parse(text, _BYTES, "amount of memory", "8GiB, 500MiB or 4GB", "b"))
-
-
-def _parse(text: str, units: dict[str, float], what: str, examples: str, default: str) -> float:
-    match = _QUANTITY.fullmatch(text)
-    factor = None if match is None else units.get(match["unit"].lower() or default)
-    if match is None or factor is None or float(match["number"]) == 0:
-        raise UsageError(f"{text!r} is no {what}. Write it like {examples}.")
-    return float(match["number"]) * factor
 
 
 def show_number(value: float | None) -> str:
