@@ -25,6 +25,7 @@ from rightbatch.probes.throughput import ThroughputRecord
 from rightbatch.recipe import Recipe
 from rightbatch.study.conclude import Cell, Outlook, conclude, near_best
 from rightbatch.study.race import contenders
+from rightbatch.study.records import RaceRecord
 
 BASELINE_BATCH = 32
 _PRICES = {
@@ -115,9 +116,8 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         The plan. The same evidence gives the same plan.
     """
     race = evidence.race
-    usable = race is not None and math.isfinite(race.target_loss)
-    choice = _choose_by_race(evidence) if usable else _choose_by_probes(evidence)
-    effort: UsedEffort = "race" if usable else "probe"
+    choice = _choose_by_race(evidence, race) if race else _choose_by_probes(evidence)
+    effort: UsedEffort = "race" if race else "probe"
     setting = evidence.setting
     split = split_batch(
         choice.cell.global_batch,
@@ -132,7 +132,7 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         learning_rate=choice.cell.learning_rate,
     )
     examples = count_examples(evidence)
-    baseline = race.baseline.examples if usable and race is not None else None
+    baseline = race.baseline.examples if race else None
     return Plan(
         workload=workload,
         goal=setting.goal,
@@ -167,9 +167,8 @@ def count_examples(evidence: Evidence) -> int:
 # ---- by race -----------------------------------------------------------------------------------
 
 
-def _choose_by_race(evidence: Evidence) -> _Choice:
-    race, setting = evidence.race, evidence.setting
-    assert race is not None
+def _choose_by_race(evidence: Evidence, race: RaceRecord) -> _Choice:
+    setting = evidence.setting
     price = make_price(
         setting.goal, evidence.throughput, max_micro_batch(evidence), setting.replicas
     )
@@ -186,7 +185,7 @@ def _choose_by_race(evidence: Evidence) -> _Choice:
     )
     cell = outlook.best(contenders(race))
     low, high = near_best(outlook, cell)
-    prediction = _predict(evidence, outlook, cell, baseline)
+    prediction = _predict(evidence, race, outlook, cell, baseline)
     arrived = any(
         t.state == "reached"
         and (t.global_batch, t.learning_rate) == (cell.global_batch, cell.learning_rate)
@@ -195,7 +194,7 @@ def _choose_by_race(evidence: Evidence) -> _Choice:
     speedup = prediction.speedup
     times = _interval(speedup) if speedup else "?"
     because = (
-        f"It is the baseline itself: none of the {_count_runs(evidence)} other runs was better."
+        f"It is the baseline itself: none of the {_count_runs(race)} other runs was better."
         if cell == baseline
         else f"Least predicted cost among the runs: {times} times as fast as batch "
         f"{baseline.global_batch} at its learning rate {baseline.learning_rate:.3g}."
@@ -208,13 +207,12 @@ def _choose_by_race(evidence: Evidence) -> _Choice:
         lr_reason=Reason(
             field="learning_rate", because=_rate_reason(evidence, outlook, cell), source="race"
         ),
-        warnings=tuple(_race_warnings(evidence, cell, arrived)),
+        warnings=tuple(_race_warnings(evidence, race, cell, arrived)),
     )
 
 
-def _count_runs(evidence: Evidence) -> int:
-    race = evidence.race
-    return sum(t.kind in {"branch", "run"} for t in race.trials) if race else 0
+def _count_runs(race: RaceRecord) -> int:
+    return sum(t.kind in {"branch", "run"} for t in race.trials)
 
 
 def _rate_reason(evidence: Evidence, outlook: Outlook, cell: Cell) -> str:
@@ -241,7 +239,9 @@ def _rate_reason(evidence: Evidence, outlook: Outlook, cell: Cell) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _predict(evidence: Evidence, outlook: Outlook, cell: Cell, baseline: Cell) -> Prediction:
+def _predict(
+    evidence: Evidence, race: RaceRecord, outlook: Outlook, cell: Cell, baseline: Cell
+) -> Prediction:
     setting = evidence.setting
     log_steps = outlook.log_steps[:, outlook.index(cell)]
     largest = max_micro_batch(evidence)
@@ -249,7 +249,7 @@ def _predict(evidence: Evidence, outlook: Outlook, cell: Cell, baseline: Cell) -
     def seconds(batch: int) -> float:
         return step_seconds(evidence.throughput, batch, largest, setting.replicas)
 
-    n = _count_runs(evidence) + 1
+    n = _count_runs(race) + 1
     ratio = (
         outlook.log_steps[:, outlook.index(baseline)]
         - log_steps
@@ -280,9 +280,8 @@ def _estimate(logs: Sequence[float] | np.ndarray, unit: float, n: int) -> Estima
     )
 
 
-def _race_warnings(evidence: Evidence, cell: Cell, arrived: bool) -> list[str]:
-    race, setting = evidence.race, evidence.setting
-    assert race is not None
+def _race_warnings(evidence: Evidence, race: RaceRecord, cell: Cell, arrived: bool) -> list[str]:
+    setting = evidence.setting
     found: list[str] = []
     if setting.target is None:
         found.append(

@@ -23,6 +23,7 @@ from rightbatch.plan.choose import (
     BASELINE_BATCH,
     baseline_rate,
     choose,
+    count_examples,
     make_price,
     max_micro_batch,
     open_sizes,
@@ -46,6 +47,8 @@ _FEWEST_TIMED = 6000
 """Timed examples cost as much as trained ones; large sizes are left to the law beyond this or N."""
 MOST_EPOCHS = 100
 """The baseline gives up on the target after this many epochs when no budget ends it before."""
+EPOCHS_WITHOUT_TARGET = 10.0
+"""Without a target, the loss that the baseline has after this many epochs is the target."""
 _FEWEST_EPOCHS = 2.0
 """A race whose baseline could not do this many epochs within the budget is not begun."""
 _DURATION = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>s|sec|min|m|h)?\s*")
@@ -273,7 +276,15 @@ def _race_if_wanted(
             f"{_NOT_RACED}: it would need about {math.ceil(needed)} minutes or more. A larger "
             "budget, or effort='race', can change batch size and learning rate.",
         )
-    return _run_race(workload, evidence, batch, most_epochs, left, say), ()
+    if setting.target is None:
+        most_epochs = min(most_epochs, EPOCHS_WITHOUT_TARGET)
+    race = _run_race(workload, evidence, batch, most_epochs, left, say)
+    if race is None:
+        return None, (
+            f"{_NOT_RACED} to the end of its baseline, which is what runs are compared with: "
+            "it was ended early, or its loss left the numbers.",
+        )
+    return race, ()
 
 
 def _run_race(
@@ -283,8 +294,8 @@ def _run_race(
     most_epochs: float,
     seconds: float | None,
     say: Progress,
-) -> RaceRecord:
-    setting = evidence.setting
+) -> RaceRecord | None:
+    setting, target = evidence.setting, workload.parsed_target
     ceiling = max_micro_batch(evidence)
 
     def make_recipe(global_batch: int, learning_rate: float) -> Recipe:
@@ -302,7 +313,7 @@ def _run_race(
             seed=setting.seed,
             device=setting.device,
         )
-        return TrainingContestant(training, workload.parsed_target, make_recipe)
+        return TrainingContestant(training, target, make_recipe)
 
     race = Race(
         fresh,
@@ -313,14 +324,17 @@ def _run_race(
         settings=RaceSettings(
             baseline_batch=batch,
             max_baseline_examples=max(batch * 64, int(most_epochs * setting.num_examples)),
+            spent_examples=count_examples(evidence),
             seconds=seconds,
         ),
+        target_loss=target.value if target and target.quantity.endswith("_loss") else None,
         seed=setting.seed,
         progress=say,
     )
-    # An interrupted race leaves what it knows; whoever pressed Ctrl-C wants the answer so far.
     race.run()
-    return race.record(looked_at(workload).num_examples)
+    if not race.has_ruler:
+        return None
+    return race.record(looked_at(workload, target).num_examples)
 
 
 def describe_environment() -> Environment:

@@ -54,7 +54,7 @@ class TrainingContestant:
         if training.diverged:
             return Look(math.inf, None)
         workload = training.workload
-        examples = looked_at(workload)
+        examples = looked_at(workload, self._target)
         found = evaluate(workload, training.model, examples, device=training.device)
         loss = found.loss if math.isfinite(found.loss) else math.inf
         if self._target is None:
@@ -79,16 +79,19 @@ class _Part:
         return self._whole.batch(self._indices[indices])
 
 
-def looked_at(workload: Workload) -> Examples:
+def looked_at(workload: Workload, target: Target | None) -> Examples:
     """The examples that a race evaluates on.
 
     Args:
         workload: What is trained.
+        target: A target on the training loss asks for training examples.
 
     Returns:
         The validation set, or a part of the training set without one; at most 2048 examples.
     """
-    whole = workload.val_examples or workload.train_examples
+    on_training_set = target is not None and target.quantity == "train_loss"
+    val = None if on_training_set else workload.val_examples
+    whole = val if val is not None else workload.train_examples
     if whole.num_examples <= MOST_LOOKED_AT:
         return whole
     return _Part(whole, MOST_LOOKED_AT)

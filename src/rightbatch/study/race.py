@@ -68,6 +68,7 @@ class RaceSettings:
         first_steps: Steps of the ladder's first rungs.
         max_baseline_examples: The baseline stops here, target or not.
         max_share: Total cost in examples, in units of the baseline's run.
+        spent_examples: What probes have already used of that.
         branch_share: Examples for branches, in the same unit.
         num_runs: Fresh runs that start side by side.
         seconds: Wall time, or None.
@@ -76,7 +77,8 @@ class RaceSettings:
     baseline_batch: int = 32
     first_steps: int = 10
     max_baseline_examples: int
-    max_share: float = 4.5
+    max_share: float = 4.8
+    spent_examples: int = 0
     branch_share: float = 0.8
     num_runs: int = 2
     seconds: float | None = None
@@ -105,6 +107,20 @@ class _Trial:
         return self.state == "diverged"
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The baseline at one moment."""
+
+    progress: float
+    steps: int
+    num_points: int
+    contestant: Contestant
+
+
+_MOST_FALLS = 3
+"""How often the baseline may diverge before it is given up."""
+
+
 class Race:
     """One race. `run` does it; `record` gives what is known at any moment.
 
@@ -115,6 +131,8 @@ class Race:
         first_lr: Where the ladder starts.
         normalised: Whether the optimizer divides by the gradient's size.
         settings: How to spend.
+        target_loss: The loss that counts as trained, where the target is a loss; otherwise what
+            the baseline has when it meets the target, or when it ends.
         seed: Of the runs and of the decisions.
         progress: Told what is being done, in words.
         clock: Seconds, for the wall-time limit.
@@ -129,6 +147,7 @@ class Race:
         first_lr: float,
         normalised: bool,
         settings: RaceSettings,
+        target_loss: float | None = None,
         seed: int = 0,
         progress: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -146,7 +165,8 @@ class Race:
         self._trials: list[_Trial] = []
         self._baseline: _Trial | None = None
         self._initial_loss = math.inf
-        self._target_loss = math.nan
+        self._asked_loss = target_loss
+        self._target_loss: float | None = None
         self._target_reached = False
         self._max_examples = math.inf
         self._examples = 0
@@ -158,7 +178,7 @@ class Race:
     @property
     def has_ruler(self) -> bool:
         """Whether the baseline has finished, so that conclusions can be drawn."""
-        return math.isfinite(self._target_loss)
+        return self._target_loss is not None
 
     def record(self, evaluation_size: int) -> RaceRecord:
         """The race so far.
@@ -168,7 +188,12 @@ class Race:
 
         Returns:
             Its record.
+
+        Raises:
+            ValueError: If the baseline has not finished: nothing can be concluded.
         """
+        if self._target_loss is None:
+            raise ValueError("The race ended before its baseline; there is nothing to record.")
         return RaceRecord(
             baseline_batch=self._settings.baseline_batch,
             target_loss=self._target_loss,
@@ -198,6 +223,7 @@ class Race:
         )
 
     def _outlook(self) -> Outlook:
+        assert self._target_loss is not None  # the ladder and the baseline come first
         return conclude(
             self._records(),
             target_loss=self._target_loss,
@@ -210,7 +236,10 @@ class Race:
     # ---- running -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Runs the race to its end, or until its cost, its time or the user ends it."""
+        """Runs the race to its end, or until its cost, its time or the user ends it.
+
+        Ctrl-C ends it at once and is not passed on: what is known so far is worth having.
+        """
         try:
             self._run_ladder_and_baseline()
             self._run_branches()
@@ -219,7 +248,11 @@ class Race:
             self._stopped_by = str(stop)
         except KeyboardInterrupt:
             self._stopped_by = "interrupt"
-            raise
+
+    @property
+    def stopped_by(self) -> str:
+        """What ended the race: `done`, `cost`, `time`, `diverged` or `interrupt`."""
+        return self._stopped_by
 
     def _advance(self, trial: _Trial, num_steps: int) -> float:
         """Goes on with a run and evaluates it; returns the loss."""
@@ -241,7 +274,7 @@ class Race:
         finite = math.isfinite(look.loss)
         if not finite or look.loss > 1.5 * self._initial_loss:
             trial.state = "diverged"
-        elif look.reached and trial.kind in {"baseline", "run"} and trial.steps_to_target is None:
+        elif trial.kind in {"baseline", "run"} and self._arrived(look):
             trial.state, trial.steps_to_target = "reached", trial.steps
         trial.points.append(
             TrialPoint(
@@ -249,6 +282,12 @@ class Race:
             )
         )
         return look.loss if finite else math.inf
+
+    def _arrived(self, look: Look) -> bool:
+        """Whether a look meets the target; where that was out of reach, the baseline's loss."""
+        if self._target_loss is None or self._target_reached:
+            return bool(look.reached)
+        return look.loss <= self._target_loss
 
     def _advance_to(self, trial: _Trial, steps: int, cuts: Sequence[float]) -> None:
         """Goes on to `steps`, evaluating at the given shares of the way."""
@@ -312,16 +351,21 @@ class Race:
         )
         self._baseline = trial
         self._trials.append(trial)
-        self._checkpoints: list[tuple[float, Contestant]] = []
+        self._checkpoints: list[_Checkpoint] = []
         self._say("race: running the baseline to the target")
         next_test, best_loss, best_step = 2 * trial.steps, math.inf, trial.steps
         limit = self._settings.max_baseline_examples // batch
+        falls = 0
         while trial.steps < limit and trial.state == "stopped":
             if trial.steps >= next_test:
                 next_test = int(1.7 * trial.steps)
                 self._try_doubled_rate(trial)
                 continue
             loss = self._advance(trial, max(1, round(0.07 * trial.steps)))
+            if trial.dead and self._checkpoints and falls < _MOST_FALLS:
+                falls += 1
+                self._return_to_checkpoint(trial)
+                continue
             self._keep_checkpoint(trial)
             if loss < 0.99 * best_loss:
                 best_loss, best_step = loss, trial.steps
@@ -335,9 +379,18 @@ class Race:
         """Keeps copies of the last part of the run, to branch from the middle of it later."""
         batch, rate = trial.cell.global_batch, trial.cell.learning_rate
         kept = self._checkpoints
-        if not kept or trial.progress > 1.1 * kept[-1][0]:
-            kept.append((trial.progress, trial.contestant.fork(batch, rate)))
-        self._checkpoints = [c for c in kept if c[0] >= 0.4 * trial.progress]
+        if not kept or trial.progress > 1.1 * kept[-1].progress:
+            copied = trial.contestant.fork(batch, rate)
+            kept.append(_Checkpoint(trial.progress, trial.steps, len(trial.points), copied))
+        self._checkpoints = [c for c in kept if c.progress >= 0.4 * trial.progress]
+
+    def _return_to_checkpoint(self, trial: _Trial) -> None:
+        """Goes back to before a divergence, with half the learning rate."""
+        last = self._checkpoints[-1]
+        trial.contestant, trial.state = last.contestant, "stopped"
+        trial.progress, trial.steps = last.progress, last.steps
+        del trial.points[last.num_points :]
+        self._change_rate(trial, 0.5)
 
     def _change_rate(self, trial: _Trial, factor: float) -> None:
         trial.cell = Cell(
@@ -383,14 +436,17 @@ class Race:
 
     def _finish_baseline(self, trial: _Trial) -> None:
         """Fixes the target's loss and the budget, and looks a little beyond the target."""
-        self._target_reached = trial.state == "reached"
         tail = [p.loss for p in trial.points[-3:] if p.loss is not None]
         if trial.dead or not tail:
             raise _OutOfBudgetError("diverged")
-        self._max_examples = self._examples + (self._settings.max_share - 1.2) * (
-            trial.steps * trial.cell.global_batch
-        )
-        self._target_loss = min(tail)
+        self._target_reached = trial.state == "reached"
+        run_examples = trial.steps * trial.cell.global_batch
+        # The probes and the baseline are paid for; at least one more run must be affordable.
+        allowed = self._settings.max_share * run_examples - self._settings.spent_examples
+        self._max_examples = max(allowed, self._examples + 1.5 * run_examples)
+        reached_loss = math.exp(float(np.mean(np.log(tail))))
+        asked = self._asked_loss if self._target_reached else None
+        self._target_loss = asked if asked is not None else reached_loss
         state, steps_to_target = trial.state, trial.steps_to_target
         trial.state = "stopped"
         for _ in range(2):
@@ -406,7 +462,7 @@ class Race:
         assert baseline is not None
         reach = baseline.steps_to_target or baseline.steps
         total = next(p.progress for p in baseline.points if p.steps >= reach)
-        halfway = min(self._checkpoints, key=lambda c: abs(c[0] - 0.5 * total))
+        halfway = min(self._checkpoints, key=lambda c: abs(c.progress - 0.5 * total))
         one_run = reach * baseline.cell.global_batch
         allowed = self._examples + self._settings.branch_share * one_run
         rng = np.random.default_rng(self._seed)
@@ -426,9 +482,13 @@ class Race:
                 f"race: branching off at batch {cell.global_batch}, "
                 f"learning rate {cell.learning_rate:.3g}"
             )
-            contestant = halfway[1].fork(cell.global_batch, cell.learning_rate)
+            contestant = halfway.contestant.fork(cell.global_batch, cell.learning_rate)
             trial = _Trial(
-                "branch", cell, contestant, start_progress=halfway[0], progress=halfway[0]
+                "branch",
+                cell,
+                contestant,
+                start_progress=halfway.progress,
+                progress=halfway.progress,
             )
             self._trials.append(trial)
             self._advance_to(trial, steps, (0.3, 0.4, 0.5, 0.7, 0.8, 0.9, 1.0))
