@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
@@ -31,7 +31,9 @@ class Step:
 
 
 # Every trial collects garbage, which takes a while with torch in memory.
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
+@example(limit=90, max_size=100, start=1, exact=True)
+@example(limit=5, max_size=4096, start=64, exact=False)
 @given(
     limit=st.integers(1, 5000),
     max_size=st.integers(1, 5000),

@@ -13,9 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -104,7 +103,7 @@ class Watch:
         if self.elapsed_seconds > self.timeout_seconds:
             return f"It took longer than {self.timeout_seconds:g} s."
         if not self._fenced:
-            resident = _sum(process, lambda p: p.memory_info().rss)
+            resident = _sum(_family(process), lambda p: p.memory_info().rss)
             if resident > self.limit_bytes:
                 return f"Memory: it took {memory.format_bytes(resident)}."
         if self.stall_seconds is not None and self._stands_still(process, self.stall_seconds):
@@ -115,8 +114,10 @@ class Watch:
         return None
 
     def _stands_still(self, process: psutil.Process, stall_seconds: float) -> bool:
-        seconds = _sum(process, lambda p: sum(p.cpu_times()[:2]))
-        waits_for_disk = _sum(process, lambda p: p.status() == psutil.STATUS_DISK_SLEEP)
+        # A server that looks after a fork is busy looking; the fork's progress is what counts.
+        workers = _family(process)[1:] or [process]
+        seconds = _sum(workers, lambda p: sum(p.cpu_times()[:2]))
+        waits_for_disk = _sum(workers, lambda p: p.status() == psutil.STATUS_DISK_SLEEP)
         # A clock tick is 10 ms; a process that ends takes its seconds away, which is progress too.
         if waits_for_disk or abs(seconds - self._processor_seconds) >= 0.02:
             self._processor_seconds = seconds
@@ -124,12 +125,18 @@ class Watch:
         return time.monotonic() - self._last_progress > stall_seconds
 
 
-def _sum(process: psutil.Process, measure: Any) -> float:
-    total = 0.0
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it started, if it is still there."""
     with contextlib.suppress(psutil.Error):
-        for each in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.Error):
-                total += measure(each)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def _sum(processes: Sequence[psutil.Process], measure: Callable[[psutil.Process], float]) -> float:
+    total = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            total += measure(process)
     return total
 
 
@@ -165,6 +172,7 @@ class WorkerProcess:
                 f"A child process could not be started: {error}. Its interpreter would have been "
                 f"{sys.executable!r}."
             ) from error
+        self._observed = psutil.Process(self._popen.pid)
         self._outbox: queue.SimpleQueue[Parts | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._threads = [
@@ -219,11 +227,10 @@ class WorkerProcess:
         """
         self._log_start = os.fstat(self._log.fileno()).st_size
         self._outbox.put(message)
-        observed = psutil.Process(self._popen.pid)
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._inbox.get(timeout=_POLL_SECONDS)
-            objection = watch.objection(observed)
+            objection = watch.objection(self._observed)
             if objection is not None:
                 return Outcome(objection=objection)
 
@@ -239,12 +246,12 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Ends the process and all that it started, and frees what belongs to it."""
-        family = _family(self._popen.pid)
+        family = _family(self._observed)
         if os.name == "posix":
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.kill()
-        for process in family:
+        for process in family[1:]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self._popen.wait()
@@ -270,9 +277,3 @@ class WorkerProcess:
         while (parts := read_message(fd)) is not None:
             self._inbox.put(Outcome(**pickle.loads(parts[0])))
         self._inbox.put(Outcome())  # the child died
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).children(recursive=True)
-    return []

@@ -77,7 +77,7 @@ def find_max_micro_batch(
     The step runs in this process, so its side effects are the caller's: give it a throw-away model.
     `measure_memory` does the same in child processes, which survive a kill by the kernel.
 
-    Without `step_fn` it is a decorator: calling the decorated function (without arguments) searches.
+    Without `step_fn` it is a decorator: calling the decorated function, with nothing, searches.
 
     Args:
         step_fn: `step_fn(n)` runs one real step (forward, backward, update) of n examples.

@@ -123,7 +123,7 @@ class MemoryRecord:
         ceiling: The answer.
         parts: Where the bytes go.
         law: The fitted law; None with a single size.
-        trials: Every size that was run, in order.
+        trials: Every size that was run, in the order of their last step.
         notes: What a reader should know.
         seconds: What the probe cost.
     """
@@ -279,7 +279,8 @@ class _MemoryProbe:
             self.try_size(answer, _SOAK_SECONDS)
             if self.trials[-1].verdict == "fits":
                 break
-            search = replace(search, max_trials=len(self.trials) + 1)
+            # What had seemed to fit does not: one more size may be looked at.
+            search = replace(search, max_trials=max(6, len(self.trials) + 1))
         self.proven = search.proven(self.law_trials())
         if not self.proven:
             self.notes.append(
@@ -310,15 +311,16 @@ class _MemoryProbe:
             self.usages.pop(size, None)
         else:
             self.usages[size] = usage
-        self.trials.append(
-            MemoryTrial(
-                micro_batch=size,
-                verdict=result.verdict,
-                peak_bytes=None if usage is None else usage.peak_bytes,
-                num_steps=0 if usage is None else usage.num_steps,
-                seconds=result.seconds,
-            )
+        # More steps at the same size are the same trial, better known.
+        shorter = [t for t in self.trials if t.micro_batch == size]
+        trial = MemoryTrial(
+            micro_batch=size,
+            verdict=result.verdict,
+            peak_bytes=None if usage is None else usage.peak_bytes,
+            num_steps=0 if usage is None else usage.num_steps,
+            seconds=result.seconds + sum(t.seconds for t in shorter),
         )
+        self.trials = [*(t for t in self.trials if t.micro_batch != size), trial]
 
     def _run(
         self, fn: Callable[..., object], *args: object, limit_bytes: int | None = None

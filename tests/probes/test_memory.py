@@ -1,0 +1,448 @@
+"""The memory probe: what it measures, how it fails, and that it leaves no trace."""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+from torch.utils.data import Dataset
+
+import rightbatch as rb
+from rightbatch.device import memory as device_memory
+from rightbatch.errors import NoBatchFitsError, ProbeError, UsageError, WorkloadError
+from rightbatch.isolate import Child
+from rightbatch.laws.search import Trial
+from rightbatch.probes import memory
+from rightbatch.probes.memory import MemoryRecord, measure_memory
+from rightbatch.probes.memory_trial import SentWorkload, survey, train_at
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fences of the host: Linux")
+
+MIB = 1 << 20
+WIDTH = 1_000_000
+"""4 MB an example: glibc takes tensors above 32 MiB from the system one by one and gives them back;
+smaller ones fragment its heap, whose size is then no clean function of the batch."""
+
+
+class Wide(nn.Module):
+    """Few parameters, many activations: each example keeps WIDTH numbers for the backward pass."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return torch.tanh(x * self.scale).mean(dim=1)
+
+
+def squared_error(outputs, targets):
+    return (outputs - targets).square().mean()
+
+
+def make_workload(**changes: Any) -> rb.Workload:
+    given = {
+        "name": "wide",
+        "make_model": Wide,
+        "train_data": (torch.ones(4000, 1), torch.zeros(4000)),
+        "loss": squared_error,
+        **changes,
+    }
+    return rb.Workload(**given)
+
+
+@pytest.fixture(scope="module")
+def limited() -> MemoryRecord:
+    """One measurement under a limit, looked at by several tests."""
+    return measure_memory(
+        make_workload(make_optimizer=lambda params, lr: torch.optim.Adam(params, lr=lr)),
+        memory_limit="700MiB",
+    )
+
+
+def test_the_answer_ran_below_the_limit(limited):
+    assert limited.limit_bytes == 700 * MIB
+    assert limited.limit_source == "given"
+    (answer,) = {
+        t.peak_bytes
+        for t in limited.trials
+        if t.micro_batch == limited.ceiling.micro_batch and t.verdict == "fits"
+    }
+    assert limited.ceiling.headroom_bytes == limited.limit_bytes - answer >= 0
+    sizes = [t.micro_batch for t in limited.trials]
+    assert len(set(sizes)) == len(sizes) <= 6
+    assert limited.ceiling.proven
+    failed = limited.ceiling.smallest_failed
+    assert failed is not None
+    assert limited.ceiling.micro_batch >= 0.9 * (failed - 1)
+
+
+def test_verdicts_are_monotone(limited):
+    fits = [t.micro_batch for t in limited.trials if t.verdict == "fits"]
+    oom = [t.micro_batch for t in limited.trials if t.verdict == "oom"]
+    assert max(fits) < min(oom)
+    assert len(fits) + len(oom) == len(limited.trials)
+
+
+def test_parts_are_exact(limited):
+    assert limited.parts.parameters_bytes == 4 * WIDTH
+    assert limited.parts.gradients_bytes == 4 * WIDTH
+    assert limited.parts.optimizer_bytes == 2 * 4 * WIDTH + 4  # two moments and a step count
+    # Kept: x · scale is not, tanh's result is. Beside it at the peak: its gradient, and products.
+    per_example = limited.parts.activation_bytes_per_example
+    assert per_example is not None
+    assert 4 * WIDTH <= per_example <= 4 * 4 * WIDTH
+    assert 100 * MIB < limited.parts.baseline_bytes < 600 * MIB
+
+
+def test_the_law_foresees_the_answer(limited):
+    assert limited.law is not None and limited.law.prediction_error is not None
+    assert abs(limited.law.prediction_error) < 0.05
+    assert limited.law.bytes_per_example.value == limited.parts.activation_bytes_per_example
+    assert limited.law.bytes_per_example.n >= 3
+
+
+def test_the_record_survives_json(limited):
+    adapter = TypeAdapter(MemoryRecord)
+    data = adapter.dump_python(limited, mode="json")
+    assert adapter.validate_python(data) == limited
+    assert set(data["ceiling"]) >= {"micro_batch", "headroom_bytes"}
+    assert set(data["trials"][0]) >= {"micro_batch", "verdict", "peak_bytes"}
+
+
+def test_without_a_limit_in_sight_the_training_set_is_the_ceiling_and_it_is_quick():
+    said: list[str] = []
+    start = time.process_time(), time.monotonic()
+    workload = rb.load_workload("digits")
+    record = rb.measure_memory(workload, progress=said.append)
+    assert record.ceiling.micro_batch == workload.num_examples
+    assert record.ceiling.smallest_failed is None
+    assert record.ceiling.proven
+    assert record.limit_source == "available"
+    assert len(record.trials) <= 4
+    assert (record.parts.activation_bytes_per_example or 0) > 0
+    assert any("training on 8 examples" in text for text in said)
+    assert time.process_time() - start[0] < 3  # this process only waits
+    assert time.monotonic() - start[1] < 60  # about 5 s on an idle machine
+
+
+def test_max_micro_batch_is_respected_and_run():
+    record = measure_memory(make_workload(), max_micro_batch=13)
+    assert record.ceiling.micro_batch == 13
+    assert {t.micro_batch for t in record.trials} == {8, 13}
+    assert record.law is not None
+
+
+def test_more_than_the_machine_has_is_cut_and_said(limited):
+    record = measure_memory(make_workload(), memory_limit="900TiB", max_micro_batch=8)
+    assert record.limit_bytes < psutil.virtual_memory().total
+    assert record.limit_source == "available"
+    assert any("more than the" in note and "available here" in note for note in record.notes)
+
+
+def test_nothing_fits():
+    workload = make_workload(make_model=lambda: Wide(20_000_000))  # 80 MB per vector
+    with pytest.raises(
+        NoBatchFitsError,
+        match=r"^No micro-batch fits: one example needs \d{3} MiB and 400 MiB are free "
+        r"\(\d{3} MiB of it go to the libraries and the data\)\. Lower the precision",
+    ):
+        measure_memory(workload, memory_limit="400MiB")
+
+
+def test_even_the_libraries_do_not_fit():
+    with pytest.raises(NoBatchFitsError, match=r"one example needs .* and 64 MiB are free"):
+        measure_memory(make_workload(), memory_limit="64MiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_micro_batch": 0}, "max_micro_batch is 0; it must be at least 1"),
+        ({"memory_limit": "much"}, "The memory size 'much' cannot be read"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        measure_memory(make_workload(), **options)
+
+
+def batch_norm_loss(model, batch):
+    """Memory for one example only, and BatchNorm refuses that."""
+    x, _ = batch
+    if len(x) > 1:
+        raise MemoryError("Unable to allocate 8.00 GiB")
+    return nn.functional.batch_norm(x, None, None, training=True).sum(), len(x)
+
+
+def test_batch_norm_at_one_example_is_not_called_memory():
+    workload = make_workload(loss=None, compute_loss=batch_norm_loss)
+    with pytest.raises(
+        NoBatchFitsError,
+        match=r"2 examples need more than .* one example alone .*more than 1 value",
+    ):
+        measure_memory(workload)
+    alone = make_workload(
+        loss=None, compute_loss=batch_norm_loss, train_data=(torch.ones(1, 1), torch.zeros(1))
+    )
+    with pytest.raises(WorkloadError, match="ValueError: Expected more than 1 value per channel"):
+        measure_memory(alone)
+
+
+class Items(Dataset):
+    """Examples of a given length each; one of them may do something else."""
+
+    def __init__(self, lengths, trouble=None) -> None:
+        self.lengths, self.trouble = lengths, trouble
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        if self.trouble is not None:
+            self.trouble()
+        return torch.ones(self.lengths[i]), torch.tensor(0.0)
+
+
+def pad(items):
+    return nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True), torch.zeros(
+        len(items)
+    )
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return (x * self.scale).tanh().mean(dim=1)
+
+
+def test_the_heaviest_examples_come_first():
+    lengths = [10] * 300
+    lengths[211] = 4 * MIB  # numbers: 16 MiB, padded to that in any batch it is in
+    workload = make_workload(make_model=Mean, train_data=Items(lengths), collate=pad)
+    record = measure_memory(workload, max_micro_batch=2)
+    assert (record.trials[-1].peak_bytes or 0) - record.parts.baseline_bytes > 2 * 2 * 16 * MIB
+
+
+def test_examples_are_ordered_by_weight_and_uniform_ones_not():
+    found = survey(make_workload(train_data=Items([3, 9, 1, 7]), collate=pad, make_model=Mean))
+    assert found.heaviest is not None
+    assert found.heaviest.tolist() == [1, 3, 0, 2]
+    assert survey(make_workload(train_data=Items([3] * 4), make_model=Mean)).heaviest is None
+    assert survey(make_workload()).heaviest is None
+
+
+def test_when_not_all_can_be_weighed_it_is_said(monkeypatch):
+    found = survey(make_workload(train_data=Items([3, 9, 1, 7] * 10), collate=pad))
+    assert found.num_weighed == found.num_examples == 40
+    monkeypatch.setattr("rightbatch.probes.memory_trial.SURVEY_SECONDS", 0.0)
+    found = survey(make_workload(train_data=Items([5, 9] * 10), collate=pad))
+    assert found.num_weighed == 1
+    assert found.heaviest is None or sorted(found.heaviest.tolist()) == list(range(20))
+
+
+def raise_here():
+    raise KeyError("row 7 is missing")
+
+
+def die_here():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_here():
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"train_data": Items([3] * 9, raise_here), "make_model": Mean},
+            WorkloadError,
+            "Workload 'wide' failed while training on 8 examples: KeyError: 'row 7 is missing'",
+        ),
+        (
+            {"train_data": Items([3] * 9, die_here), "make_model": Mean},
+            ProbeError,
+            r"while reading the data, the child process died by signal SIGKILL",
+        ),
+        (
+            {"train_data": Items([3] * 9, hang_here), "make_model": Mean},
+            ProbeError,
+            r"while reading the data, it made no progress for 1 s",
+        ),
+        (
+            {"train_data": Items([3, 4, 5]), "make_model": Mean},
+            WorkloadError,
+            "stack expects each tensor to be equal size",
+        ),
+        (
+            {"make_model": lambda: nn.Linear(7, 1)},
+            WorkloadError,
+            "training on 8 examples: RuntimeError: mat1 and mat2 shapes",
+        ),
+        ({"make_model": nn.ReLU}, WorkloadError, "has no trainable parameters"),
+        ({"train_data": (torch.ones(0, 1), torch.ones(0))}, WorkloadError, "hold no examples"),
+        (
+            {"make_optimizer": (lambda lock: lambda params, lr: lock)(threading.Lock())},
+            WorkloadError,
+            "make_optimizer of workload 'wide' cannot be sent to a child process: .*lock",
+        ),
+    ],
+    ids=["raises", "killed", "hangs", "ragged", "shape", "no parameters", "empty", "unpicklable"],
+)
+def test_trouble_is_typed_and_never_called_memory(monkeypatch, changes, error, message):
+    monkeypatch.setattr(memory, "_STALL_SECONDS", 1.0)
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    with pytest.raises(error, match=message):
+        measure_memory(make_workload(**changes))
+    assert {p.pid for p in psutil.Process().children(recursive=True)} == before
+
+
+def test_a_size_that_takes_too_long_ends_the_search_upwards_and_is_said():
+    def slow_loss(model, batch):
+        x, _ = batch
+        time.sleep(20.0 if len(x) > 20 else 0.0)
+        return model(x).sum(), len(x)
+
+    workload = make_workload(
+        loss=None,
+        compute_loss=slow_loss,
+        make_model=Mean,
+        train_data=(torch.ones(64, 1), torch.zeros(64)),
+    )
+    record = measure_memory(workload, timeout_seconds=1.5)
+    assert 8 <= record.ceiling.micro_batch <= 20
+    assert "timeout" in [t.verdict for t in record.trials]
+    assert any("otherwise than by memory: It took longer" in note for note in record.notes)
+
+
+def test_it_leaves_no_trace():
+    X, y = torch.randn(64, 3), torch.randn(64)
+    net = nn.Linear(3, 1)
+    workload = make_workload(
+        make_model=lambda: net, train_data=(X, y), loss=lambda o, t: squared_error(o[:, 0], t)
+    )
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+
+    def state():
+        return (
+            random.getstate(),
+            str(np.random.get_state()),
+            torch.get_rng_state().tolist(),
+            [p.tolist() for p in net.parameters()],
+            [p.grad for p in net.parameters()],
+            [net.training, torch.is_grad_enabled(), torch.get_num_threads()],
+            [X.tolist(), y.tolist()],
+            sorted(p.pid for p in psutil.Process().children(recursive=True)),
+            threading.active_count(),
+            len(list(Path("/proc/self/fd").iterdir())),
+            os.environ.copy(),
+        )
+
+    before = state()
+    measure_memory(workload)
+    assert state() == before
+
+
+def test_this_process_does_not_grow():
+    data = (torch.ones(30 * MIB // 4, 1), torch.zeros(30 * MIB // 4))
+    workload = make_workload(make_model=Mean, train_data=data)
+    measure_memory(workload, max_micro_batch=8)
+    device_memory.release_cached_memory()
+    device_memory.reset_peak()
+    before = device_memory.peak_bytes()
+    measure_memory(workload, max_micro_batch=8)
+    # Twice the stack of a thread that talks to the child, and small change.
+    assert device_memory.peak_bytes() - before < 24 * MIB
+
+
+def test_bfloat16_takes_less_than_float32():
+    kwargs = {"memory_limit": "1GiB", "max_micro_batch": 256}
+
+    def model():
+        return nn.Sequential(nn.Linear(1, 4096), nn.GELU(), nn.Linear(4096, 1), nn.Flatten(0))
+
+    record = {
+        p: measure_memory(make_workload(make_model=model), precision=p, **kwargs)
+        for p in ("float32", "bfloat16")
+    }
+    assert record["bfloat16"].ceiling.micro_batch == 256
+    assert record["bfloat16"].precision == "bfloat16"
+    peaks = {p: r.trials[-1].peak_bytes or 0 for p, r in record.items()}
+    assert 0 < peaks["bfloat16"] < peaks["float32"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 96, batch_first=True)
+        self.head = nn.Linear(96, 1)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])[:, 0]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x))[:, 0])[:, 0]
+
+
+class WideMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(256, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU()
+        )
+        self.head = nn.Linear(2048, 1)
+
+    def forward(self, x):
+        return self.head(self.layers(x))[:, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["380MiB", "430MiB", "500MiB"])
+@pytest.mark.parametrize("model", [WideMLP, Recurrent, Attention])
+def test_at_least_90_percent_of_the_true_ceiling(model, limit):
+    workload = make_workload(
+        make_model=model,
+        train_data=(torch.randn(6000, 32, 8), torch.zeros(6000)),
+        make_optimizer=lambda params, lr: torch.optim.Adam(params, lr=lr),
+    )
+    record = measure_memory(workload, memory_limit=limit)
+    with Child(SentWorkload(workload), preload=["torch._dynamo"]) as child:
+        found = child.run(survey).value
+        child.memory_limit_bytes = record.limit_bytes
+
+        def run(size):
+            result = child.run(train_at, size, found, "cpu", "float32", 3.0)
+            assert result.verdict in {"fits", "oom"}
+            return Trial(size=size, fits=result.verdict == "fits")
+
+        # By bisection between what surely fits and what surely does not, without any law.
+        lo, hi = record.ceiling.micro_batch, 6001
+        assert run(lo).fits
+        while hi - lo > max(1, lo // 100):
+            middle = (lo + hi) // 2 if hi < 2 * lo else 2 * lo
+            lo, hi = (middle, hi) if run(middle).fits else (lo, middle)
+    assert record.ceiling.micro_batch >= 0.9 * lo, record.trials
