@@ -30,6 +30,7 @@ from rightbatch.workload import Workload
 _MAX_ORDER_BYTES = 64 * 2**20
 _STEPS_PER_CALL = 4096
 _VERIFIED_STEPS = 3
+_TOLERANCE = 1e-3
 
 
 class CompiledCopies:
@@ -73,7 +74,12 @@ class CompiledCopies:
         self._orders: tuple[tuple[int, ...], np.ndarray[Any, Any]] | None = None
         self._carry = self._initial_carry(workload)
         if not self._program.verified:
-            self._verify(workload, global_batch)
+            try:
+                self._verify(workload, global_batch)
+            except (Unsupported, jax.errors.JaxRuntimeError) as error:
+                refusal = Unsupported(str(error))
+                self._compiler.refuse(global_batch, refusal)
+                raise refusal from error
             self._carry = self._initial_carry(workload)
             self.steps = self._losses_since = 0
             self._program.verified = True
@@ -204,27 +210,31 @@ class CompiledCopies:
         return sums[0] / sums[1], metric
 
     def _verify(self, workload: Workload, global_batch: int) -> None:
-        """Compares the first steps' losses with torch's, for the copy with the smallest rate."""
+        """Compares the first losses with torch's, for the copy with the smallest learning rate.
+
+        Tracing sees one run of the model's Python code. This finds what it cannot see: code that
+        draws from Python's own random numbers, or does something else at every call.
+
+        Raises:
+            Unsupported: If they differ.
+        """
         copy = int(np.argmin(self.learning_rates))
         recipe = Recipe(global_batch=global_batch, learning_rate=float(self.learning_rates[copy]))
         training = Training(workload, recipe, seed=int(self.seeds[copy]))
-        for _ in range(_VERIFIED_STEPS):
-            training.advance(1)
-            self.advance(1)
-            theirs, ours = training.evaluate(), self.evaluate()
-            pairs = [(theirs.train_loss, ours.train_loss)]
-            if theirs.val_loss is not None and ours.val_loss is not None:
-                pairs.append((theirs.val_loss, ours.val_loss))
-            for their, our in pairs:
-                if not training.diverged and not _close(float(our[copy]), float(their)):
-                    raise Unsupported(
-                        f"after {self.steps} steps the compiled loss is {our[copy]:.6g} and "
-                        f"torch's is {their:.6g}"
-                    )
-
-
-def _close(ours: float, theirs: float) -> bool:
-    return abs(ours - theirs) <= 1e-3 * abs(theirs) + 1e-6
+        training.advance(_VERIFIED_STEPS)
+        self.advance(_VERIFIED_STEPS)
+        theirs, ours = training.evaluate(), self.evaluate()
+        if training.diverged:
+            return
+        pairs = [("training", theirs.train_loss, ours.train_loss)]
+        if theirs.val_loss is not None and ours.val_loss is not None:
+            pairs.append(("validation", theirs.val_loss, ours.val_loss))
+        for name, their, our in pairs:
+            if not abs(our[copy] - their) <= _TOLERANCE * abs(their) + 1e-6:
+                raise Unsupported(
+                    f"after {_VERIFIED_STEPS} steps its {name} loss is {our[copy]:.6g} and "
+                    f"torch's is {their:.6g}"
+                )
 
 
 def _slots(num_copies: int) -> int:

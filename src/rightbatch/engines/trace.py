@@ -143,7 +143,7 @@ def trace_training(
         gradients, (loss, copies) = grad_and_value(mean_loss, has_aux=True)(trained)
         return loss, gradients, copies
 
-    return _trace(
+    return trace_function(
         gradients_and_loss,
         [held[name].detach().clone() for name in layout.trained],
         [held[name].detach().clone() for name in layout.carried],
@@ -186,7 +186,7 @@ def trace_evaluation(
         return tuple(value.to(torch.float32) for value in values)
 
     with torch.no_grad():
-        return _trace(
+        return trace_function(
             losses,
             [held[name].detach().clone() for name in layout.trained],
             [held[name].detach().clone() for name in layout.carried],
@@ -200,8 +200,19 @@ def _swapped(layout: Layout, trained: list[Tensor], carried: list[Tensor]) -> di
     return {f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _trace(function: Callable[..., Any], *args: Any) -> GraphModule:
-    """The graph of a function, with a reason instead of whatever torch raises."""
+def trace_function(function: Callable[..., Any], *args: Any) -> GraphModule:
+    """The graph of a function of tensors, without in-place operations.
+
+    Args:
+        function: Takes and returns containers of tensors.
+        args: Arguments to run it with.
+
+    Returns:
+        The graph.
+
+    Raises:
+        Unsupported: If torch cannot trace it, or it draws random numbers.
+    """
     try:
         with _plain_attention(), torch.random.fork_rng():
             graph = make_fx(functionalize(function), decomposition_table=_decompositions())(*args)

@@ -29,6 +29,12 @@ _INT32 = np.iinfo(np.int32)
 def jax_dtype(dtype: torch.dtype) -> Any:
     """The JAX dtype that stands for a torch dtype.
 
+    Args:
+        dtype: Of a torch tensor.
+
+    Returns:
+        The dtype of the array.
+
     Raises:
         Unsupported: If there is none (float64, complex, quantised).
     """
@@ -40,6 +46,12 @@ def jax_dtype(dtype: torch.dtype) -> Any:
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A tensor's values in the width that JAX keeps.
 
+    Args:
+        tensor: On any device.
+
+    Returns:
+        The same values.
+
     Raises:
         Unsupported: If its dtype has no counterpart, or an integer does not fit into 32 bits.
     """
@@ -48,9 +60,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:
         return np.asarray(tensor.float().numpy()).astype(dtype)
     values = tensor.numpy()
-    if tensor.dtype == torch.int64 and values.size:
-        if values.max() > _INT32.max or values.min() < _INT32.min:
-            raise Unsupported("an integer tensor holds values beyond 32 bits")
+    wide = tensor.dtype == torch.int64 and values.size > 0
+    if wide and (values.max() > _INT32.max or values.min() < _INT32.min):
+        raise Unsupported("an integer tensor holds values beyond 32 bits")
     return values.astype(dtype)
 
 

@@ -73,9 +73,8 @@ class Lowered:
                 values[node] = self.constants[str(node.target)]
             elif node.op == "call_function":
                 values[node] = _run_node(node, values)
-            elif node.op == "output":
-                return self._packed(map_arg(node.args[0], values.__getitem__))
-        raise AssertionError("A graph without an output.")
+        output = self.graph.graph.output_node()
+        return self._packed(map_arg(output.args[0], values.__getitem__))
 
     def _packed(self, outputs: Any) -> Any:
         """Flat outputs in the containers that the traced function returned."""
@@ -129,8 +128,8 @@ def _attribute(graph: GraphModule, path: str) -> Tensor:
 
 
 def _run_node(node: Node, values: dict[Node, Any]) -> Any:
-    args = map_arg(node.args, values.__getitem__)
-    kwargs = map_arg(node.kwargs, values.__getitem__)
+    args: Any = map_arg(node.args, values.__getitem__)
+    kwargs: Any = map_arg(node.kwargs, values.__getitem__)
     if node.target is operator.getitem:
         return args[0][args[1]]
     name = str(node.target)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -130,12 +129,6 @@ def _index_put(
     return at.add(values) if accumulate else at.set(values)
 
 
-def _one_hot(index: Array, num_classes: int = -1) -> Array:
-    if num_classes < 0:
-        raise ValueError("one_hot without num_classes")
-    return jax.nn.one_hot(index, num_classes, dtype=jnp.int32)
-
-
 INDEXING: dict[str, Callable[..., Any]] = {
     "aten.gather.default": _gather,
     "aten.scatter.value": _scatter_value,
@@ -148,5 +141,4 @@ INDEXING: dict[str, Callable[..., Any]] = {
     "aten.index_put.default": _index_put,
     "aten._unsafe_index.Tensor": _index,
     "aten._unsafe_index_put.default": _index_put,
-    "aten.one_hot.default": _one_hot,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,7 +137,7 @@ def _average_pool(
     divisor_override: int | None = None,
 ) -> Array:
     windows = _Windows(x, kernel, stride, padding, (1,), ceil_mode)
-    total = sum(windows.slices(x, 0))
+    total = functools.reduce(jnp.add, windows.slices(x, 0))
     if divisor_override is not None:
         return total / divisor_override
     return total / jnp.asarray(_window_sizes(windows, count_include_pad), x.dtype)

@@ -111,9 +111,9 @@ def _flip(x: Array, dims: Sequence[int]) -> Array:
     return jnp.flip(x, axis=tuple(dims))
 
 
-def _roll(x: Array, shifts: Any, dims: Any = ()) -> Array:
+def _roll(x: Array, shifts: Sequence[int], dims: Sequence[int] = ()) -> Array:
     if not dims:
-        return jnp.roll(x, tuple(shifts)[0])
+        return jnp.roll(x, shifts[0])
     return jnp.roll(x, tuple(shifts), axis=tuple(dims))
 
 
@@ -195,6 +195,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "aten.zeros_like.default": lambda x, **options: _full_like(x, 0, **options),
     "aten.ones_like.default": lambda x, **options: _full_like(x, 1, **options),
     "aten.empty.memory_format": _zeros,
+    "aten.empty_permuted.default": lambda size, _, **options: _zeros(size, **options),
     "aten.new_zeros.default": _new_zeros,
     "aten.scalar_tensor.default": _scalar_tensor,
     "aten.arange.start_step": _arange,
