@@ -61,17 +61,20 @@ def make_loss_curve(progress: Array, losses: Array) -> LossCurve:
         The curve.
 
     Raises:
-        ValueError: If there are fewer than three points or a number is not positive and finite.
+        ValueError: If there are fewer than three points, or a progress or a loss is not positive
+            and finite.
 
     Example:
         >>> curve = make_loss_curve(np.array([1.0, 2.0, 4.0, 8.0]), np.array([8.0, 4.0, 2.0, 1.0]))
         >>> round(float(np.exp(curve.ln_progress_at(np.log(0.5)))), 1)
         16.0
     """
-    if len(progress) < 3 or not (np.isfinite(losses).all() and (losses > 0).all()):
-        raise ValueError(
-            f"A loss curve needs at least 3 positive finite losses, and got {losses.tolist()}."
-        )
+    for name, numbers in (("progress", progress), ("loss", losses)):
+        if len(numbers) < 3 or not (np.isfinite(numbers).all() and (numbers > 0).all()):
+            raise ValueError(
+                f"A loss curve needs at least 3 positive finite numbers as {name}, and got "
+                f"{numbers.tolist()}."
+            )
     order = np.argsort(progress, kind="stable")
     ln_progress, raw = np.log(progress[order]), np.log(losses[order])
     smooth = np.array([raw[max(0, i - 1) : i + 2].mean() for i in range(len(raw))])

@@ -261,7 +261,8 @@ def _race_if_wanted(
     setting = evidence.setting
     if setting.effort == "probe":
         return None, ()
-    batch = min(BASELINE_BATCH, setting.num_examples)
+    sizes = open_sizes(setting.num_examples, setting.replicas)
+    batch = min(sizes, key=lambda size: abs(size - BASELINE_BATCH))
     ceiling = max_micro_batch(evidence)
     epoch_seconds = step_seconds(evidence.throughput, batch, ceiling) * setting.num_examples / batch
     left = None
@@ -306,11 +307,11 @@ def _run_race(
             learning_rate=learning_rate,
         )
 
-    def fresh(global_batch: int, learning_rate: float) -> TrainingContestant:
+    def fresh(global_batch: int, learning_rate: float, seed: int) -> TrainingContestant:
         training = Training(
             workload,
             make_recipe(global_batch, learning_rate),
-            seed=setting.seed,
+            seed=seed,
             device=setting.device,
         )
         return TrainingContestant(training, target, make_recipe)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rightbatch.laws.curve import LossCurve, make_loss_curve
 from rightbatch.laws.progress import (
+    PARAMETERS,
     ProgressObservation,
     ProgressPrior,
     log_extra_steps,
@@ -129,7 +130,7 @@ def conclude(
         baseline_batch=baseline.global_batch,
         baseline_lr=baseline.learning_rate,
     )
-    draws = sample_posterior(prior, log_likelihood, seed=seed)
+    draws = _vary_between_seeds(sample_posterior(prior, log_likelihood, seed=seed), seed)
     cells = make_lattice(sizes, baseline.learning_rate)
     ln_target = float(ruler.ln_progress_at(math.log(target_loss)))
     log_steps = _log_steps(prior, draws, cells, baseline) + ln_target
@@ -137,6 +138,23 @@ def conclude(
     cost = log_steps + ln_price
     log_cost = cost - cost.min(axis=1, keepdims=True)
     return Outlook(cells, log_cost, np.minimum(log_cost, _WORST).mean(axis=0), log_steps)
+
+
+_EDGE_SPREAD, _NOISE_SPREAD = 0.3, 0.2
+"""How much the edge and the noise-limited learning rate differ between seeds, in e-folds."""
+
+
+def _vary_between_seeds(draws: Array, seed: int) -> Array:
+    """The law of a fresh seed, given draws of the law of the seeds that were run.
+
+    What was seen on one seed holds for the next only nearly; next to the cliff that is the
+    difference between the best and never. Decisions are about fresh seeds.
+    """
+    rng = np.random.default_rng((seed, 1))
+    varied = draws.copy()
+    varied[:, PARAMETERS.index("ln_edge")] += _EDGE_SPREAD * rng.standard_normal(len(draws))
+    varied[:, PARAMETERS.index("ln_noise_lr")] += _NOISE_SPREAD * rng.standard_normal(len(draws))
+    return varied
 
 
 def make_lattice(sizes: Sequence[int], baseline_lr: float) -> tuple[Cell, ...]:

@@ -15,7 +15,8 @@ most:
    equal modelled cost; the worse drop out; the rest go on to the target. Only what reached the
    target can be chosen.
 
-All runs share the seed of initial weights and data order.
+Runs that are compared with each other share the seed of initial weights and data order; the fresh
+runs have another one than the baseline and its branches, so that no choice rests on one draw.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class _Trial:
     kind: Kind
     cell: Cell
     contestant: Contestant
+    seed: int = 0
     start_progress: float = 0.0
     steps: int = 0
     progress: float = 0.0
@@ -117,6 +119,10 @@ class _Checkpoint:
     contestant: Contestant
 
 
+_WORTH_DOUBLING = 0.35
+"""e-folds of progress that the noise of a doubled learning rate may cost: half of what it saves,
+since noise goes on growing for a while."""
+_FINALS_SEED = 7919
 _MOST_FALLS = 3
 """How often the baseline may diverge before it is given up."""
 
@@ -125,7 +131,7 @@ class Race:
     """One race. `run` does it; `record` gives what is known at any moment.
 
     Args:
-        fresh: Makes a contestant from fresh weights.
+        fresh: Makes a contestant from fresh weights: `fresh(global_batch, learning_rate, seed)`.
         sizes: Batch sizes open to choice, ascending.
         price: Cost of one step at a batch: modelled seconds, examples, or 1.
         first_lr: Where the ladder starts.
@@ -140,7 +146,7 @@ class Race:
 
     def __init__(
         self,
-        fresh: Callable[[int, float], Contestant],
+        fresh: Callable[[int, float, int], Contestant],
         *,
         sizes: Sequence[int],
         price: Callable[[int], float],
@@ -213,7 +219,7 @@ class Race:
                 kind=t.kind,
                 global_batch=t.cell.global_batch,
                 learning_rate=t.cell.learning_rate,
-                seed=self._seed,
+                seed=self._seed if t.kind != "run" else t.seed,
                 start_progress=t.start_progress,
                 state=t.state,
                 steps_to_target=t.steps_to_target,
@@ -301,7 +307,7 @@ class Race:
 
     def _run_ladder_and_baseline(self) -> None:
         batch = self._settings.baseline_batch
-        start = self._fresh(batch, self._first_lr)
+        start = self._fresh(batch, self._first_lr, self._seed)
         self._initial_loss = start.look().loss
         self._looks += 1
         self._say("race: looking for a learning rate at which the baseline trains")
@@ -356,16 +362,18 @@ class Race:
         next_test, best_loss, best_step = 2 * trial.steps, math.inf, trial.steps
         limit = self._settings.max_baseline_examples // batch
         falls = 0
-        while trial.steps < limit and trial.state == "stopped":
+        self._keep_checkpoint(trial)
+        while trial.steps < limit and trial.state != "reached":
+            if trial.dead:
+                falls += 1
+                if falls > _MOST_FALLS:
+                    break
+                self._return_to_checkpoint(trial)
             if trial.steps >= next_test:
                 next_test = int(1.7 * trial.steps)
                 self._try_doubled_rate(trial)
                 continue
             loss = self._advance(trial, max(1, round(0.07 * trial.steps)))
-            if trial.dead and self._checkpoints and falls < _MOST_FALLS:
-                falls += 1
-                self._return_to_checkpoint(trial)
-                continue
             self._keep_checkpoint(trial)
             if loss < 0.99 * best_loss:
                 best_loss, best_step = loss, trial.steps
@@ -379,6 +387,8 @@ class Race:
         """Keeps copies of the last part of the run, to branch from the middle of it later."""
         batch, rate = trial.cell.global_batch, trial.cell.learning_rate
         kept = self._checkpoints
+        if trial.dead:
+            return
         if not kept or trial.progress > 1.1 * kept[-1].progress:
             copied = trial.contestant.fork(batch, rate)
             kept.append(_Checkpoint(trial.progress, trial.steps, len(trial.points), copied))
@@ -401,8 +411,8 @@ class Race:
     def _try_doubled_rate(self, trial: _Trial) -> None:
         """Runs a little with the rate and with its double; goes on with the better.
 
-        At equal progress the doubled rate has a higher loss, by its noise. Where that costs less
-        than half an e-fold of progress, it pays: doubling saves 0.69.
+        At equal progress the doubled rate has a higher loss, by its noise. Doubling saves 0.69
+        e-folds of steps; it pays where the noise costs clearly less.
         """
         batch, rate = trial.cell.global_batch, trial.cell.learning_rate
         steps = trial.steps + max(4, round(0.15 * trial.steps))
@@ -425,7 +435,7 @@ class Race:
             slope = _log_slope(trial.points)
             higher = _log_tail(doubled) - _log_tail(same)
             lead = math.log(_mean_progress(doubled) / _mean_progress(same))
-            if higher / slope + lead < 0.45:
+            if higher / slope + lead < _WORTH_DOUBLING:
                 chosen = doubled
         if doubled.state == "reached" and same.state != "reached":
             chosen = doubled
@@ -449,11 +459,13 @@ class Race:
         self._target_loss = asked if asked is not None else reached_loss
         state, steps_to_target = trial.state, trial.steps_to_target
         trial.state = "stopped"
-        for _ in range(2):
-            self._advance(trial, max(1, round(0.05 * trial.steps)))
-        if trial.dead:
-            trial.points.pop()
-        trial.state, trial.steps_to_target = state, steps_to_target
+        try:
+            for _ in range(2):
+                self._advance(trial, max(1, round(0.05 * trial.steps)))
+        finally:
+            if trial.dead:
+                trial.points.pop()
+            trial.state, trial.steps_to_target = state, steps_to_target
 
     # ---- 3. branches ---------------------------------------------------------------------------
 
@@ -511,8 +523,11 @@ class Race:
         self._finish(finalists)
 
     def _start(self, cell: Cell) -> _Trial:
-        contestant = self._fresh(cell.global_batch, cell.learning_rate)
-        trial = _Trial("run", cell, contestant)
+        # Another seed than the baseline's: a learning rate next to the cliff should not pass
+        # twice by luck.
+        seed = self._seed + _FINALS_SEED
+        contestant = self._fresh(cell.global_batch, cell.learning_rate, seed)
+        trial = _Trial("run", cell, contestant, seed=seed)
         self._trials.append(trial)
         return trial
 
@@ -538,6 +553,14 @@ class Race:
                 waiting.remove(trial)
             if trial.state == "reached":
                 waiting = [t for t in waiting if self._still_promises(t, trial)]
+            elif not waiting:
+                waiting = [self._start(self._best_untried())]
+
+    def _best_untried(self) -> Cell:
+        """The most promising cell that no fresh run has tried."""
+        outlook = self._outlook()
+        tried = {t.cell for t in self._trials if t.kind == "run"}
+        return outlook.best([cell for cell in outlook.cells if cell not in tried])
 
     def _still_promises(self, trial: _Trial, reached: _Trial) -> bool:
         """Whether a waiting run is expected to beat the one that arrived, and can be afforded."""

@@ -190,6 +190,8 @@ class Training:
         """Endless windows: the micro-batches of one update, and their number of examples."""
         source, recipe = self.workload.train_examples, self.recipe
         while True:
+            if self._offset >= source.num_examples:
+                self._epoch, self._offset = self._epoch + 1, 0
             order = epoch_order(source.num_examples, seed=self.seed, epoch=self._epoch)
             # The cursor counts examples: a copy with another batch goes on where this one stands.
             for window in order[self._offset :].split(recipe.global_batch):
@@ -198,7 +200,6 @@ class Training:
                     for indices in window.split(recipe.micro_batch)
                 ]
                 yield batches, len(window)
-            self._epoch, self._offset = self._epoch + 1, 0
 
     def _set_learning_rate(self) -> None:
         warmup = self.recipe.warmup_steps
