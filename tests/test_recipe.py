@@ -49,11 +49,8 @@ def test_alone_the_global_batch_is_one_micro_batch() -> None:
         ({"micro_batch": 64, "accumulation": 2}, "= 128, which is not the global batch 100"),
         ({"replicas": 3}, "which is not the global batch 100. Use rightbatch.split_batch"),
         ({"replicas": 101}, "which is not the global batch 100"),
-        pytest.param(
-            {"micro_batch": -50, "accumulation": -2},
-            "must be at least 1",
-            marks=pytest.mark.xfail(strict=True, reason="two negative factors make a batch"),
-        ),
+        ({"micro_batch": -50, "accumulation": -2}, "micro_batch is -50; it must be at least 1"),
+        ({"micro_batch": 50, "accumulation": -2}, "accumulation is -2; it must be at least 1"),
     ],
 )
 def test_what_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:

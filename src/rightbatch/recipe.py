@@ -45,6 +45,11 @@ class Recipe:
             raise RecipeError(f"global_batch is {self.global_batch}; it must be at least 1.")
         if self.replicas < 1:
             raise RecipeError(f"replicas is {self.replicas}; it must be at least 1.")
+        for name in ("micro_batch", "accumulation"):
+            if getattr(self, name) < 0:
+                raise RecipeError(
+                    f"{name} is {getattr(self, name)}; it must be at least 1, or left out."
+                )
         if self.warmup_steps < 0:
             raise RecipeError(f"warmup_steps is {self.warmup_steps}; it cannot be negative.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rightbatch.workload import Examples, Workload
+from rightbatch.workload.count import count_terms
 
 EVALUATION_BATCH = 512
 """Examples per forward pass of evaluation; limited by the recipe's micro-batch where larger."""
@@ -59,22 +60,25 @@ def _evaluate(
     device: str | torch.device,
     max_batch: int,
 ) -> Evaluation:
+    has_metric = workload.loss is not None and workload.metric is not None
     loss_total, loss_count, metric_total = 0.0, 0.0, 0.0
     for indices in torch.arange(examples.num_examples).split(max_batch):
         batch = to_device(examples.batch(indices), device)
         if workload.loss is not None and workload.metric is not None:
             inputs, targets = batch
             outputs = model(inputs)
-            loss_sum, count = workload.loss(outputs, targets) * len(targets), len(targets)
-            metric_total += float(workload.metric(outputs, targets)) * len(targets)
+            count = count_terms(targets)
+            if count == 0:  # Padding alone: means over nothing are no numbers.
+                continue
+            loss_sum = workload.loss(outputs, targets) * count
+            metric_total += float(workload.metric(outputs, targets)) * count
         else:
             loss_sum, count = workload.loss_sum(model, batch)
         loss_total += float(loss_sum)
         loss_count += float(count)
-    has_metric = workload.loss is not None and workload.metric is not None
     return Evaluation(
         loss=loss_total / loss_count,
-        metric=metric_total / examples.num_examples if has_metric else None,
+        metric=metric_total / loss_count if has_metric else None,
     )
 
 

@@ -36,7 +36,7 @@ class Workload:
             returns `(loss_sum, count)`: a scalar tensor summed over examples (or tokens) and how
             many were summed.
         make_optimizer: `make_optimizer(params, lr)`. Default: plain SGD.
-        metric: `metric(outputs, targets)`, a mean over examples, reported as
+        metric: `metric(outputs, targets)`, a mean over the same terms as the loss, reported as
             `val_<its name>`; only with `(inputs, targets)` batches.
         target: Such as `"val_loss<=0.15"`; optional.
         collate: Turns a list of dataset items into a batch. Default: torch's.
