@@ -29,8 +29,8 @@ from rightbatch.probes.memory_trial import SentWorkload, survey, train_at
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fences of the host: Linux")
 
 MIB = 1 << 20
-WIDTH = 1_000_000
-"""4 MB an example: glibc takes tensors above 32 MiB from the system one by one and gives them back;
+WIDTH = 1_500_000
+"""6 MB an example: glibc takes tensors above 32 MiB from the system one by one and gives them back;
 smaller ones fragment its heap, whose size is then no clean function of the batch."""
 
 
@@ -65,12 +65,12 @@ def limited() -> MemoryRecord:
     """One measurement under a limit, looked at by several tests."""
     return measure_memory(
         make_workload(make_optimizer=lambda params, lr: torch.optim.Adam(params, lr=lr)),
-        memory_limit="700MiB",
+        memory_limit="600MiB",
     )
 
 
 def test_the_answer_ran_below_the_limit(limited):
-    assert limited.limit_bytes == 700 * MIB
+    assert limited.limit_bytes == 600 * MIB
     assert limited.limit_source == "given"
     (answer,) = {
         t.peak_bytes
@@ -97,18 +97,16 @@ def test_parts_are_exact(limited):
     assert limited.parts.parameters_bytes == 4 * WIDTH
     assert limited.parts.gradients_bytes == 4 * WIDTH
     assert limited.parts.optimizer_bytes == 2 * 4 * WIDTH + 4  # two moments and a step count
-    # Kept: x · scale is not, tanh's result is. Beside it at the peak: its gradient, and products.
-    per_example = limited.parts.activation_bytes_per_example
-    assert per_example is not None
-    assert 4 * WIDTH <= per_example <= 4 * 4 * WIDTH
-    assert 100 * MIB < limited.parts.baseline_bytes < 600 * MIB
+    # At the peak: tanh's result, its gradient, and the gradient of its argument; and the input.
+    assert limited.parts.activation_bytes_per_example == pytest.approx(3 * 4 * WIDTH, rel=0.05)
+    assert 100 * MIB < limited.parts.baseline_bytes < 450 * MIB
 
 
 def test_the_law_foresees_the_answer(limited):
     assert limited.law is not None and limited.law.prediction_error is not None
     assert abs(limited.law.prediction_error) < 0.05
     assert limited.law.bytes_per_example.value == limited.parts.activation_bytes_per_example
-    assert limited.law.bytes_per_example.n >= 3
+    assert limited.law.bytes_per_example.n >= 2
 
 
 def test_the_record_survives_json(limited):
@@ -135,15 +133,11 @@ def test_without_a_limit_in_sight_the_training_set_is_the_ceiling_and_it_is_quic
     assert time.monotonic() - start[1] < 60  # about 5 s on an idle machine
 
 
-def test_max_micro_batch_is_respected_and_run():
-    record = measure_memory(make_workload(), max_micro_batch=13)
-    assert record.ceiling.micro_batch == 13
-    assert {t.micro_batch for t in record.trials} == {8, 13}
+def test_max_micro_batch_is_respected_and_an_impossible_limit_is_cut_and_said():
+    record = measure_memory(make_workload(), memory_limit="900TiB", max_micro_batch=9)
+    assert record.ceiling.micro_batch == 9
+    assert {t.micro_batch for t in record.trials} == {8, 9}
     assert record.law is not None
-
-
-def test_more_than_the_machine_has_is_cut_and_said(limited):
-    record = measure_memory(make_workload(), memory_limit="900TiB", max_micro_batch=8)
     assert record.limit_bytes < psutil.virtual_memory().total
     assert record.limit_source == "available"
     assert any("more than the" in note and "available here" in note for note in record.notes)
@@ -288,12 +282,6 @@ def hang_here():
             WorkloadError,
             "stack expects each tensor to be equal size",
         ),
-        (
-            {"make_model": lambda: nn.Linear(7, 1)},
-            WorkloadError,
-            "training on 8 examples: RuntimeError: mat1 and mat2 shapes",
-        ),
-        ({"make_model": nn.ReLU}, WorkloadError, "has no trainable parameters"),
         ({"train_data": (torch.ones(0, 1), torch.ones(0))}, WorkloadError, "hold no examples"),
         (
             {"make_optimizer": (lambda lock: lambda params, lr: lock)(threading.Lock())},
@@ -301,7 +289,7 @@ def hang_here():
             "make_optimizer of workload 'wide' cannot be sent to a child process: .*lock",
         ),
     ],
-    ids=["raises", "killed", "hangs", "ragged", "shape", "no parameters", "empty", "unpicklable"],
+    ids=["raises", "killed", "hangs", "ragged", "empty", "unpicklable"],
 )
 def test_trouble_is_typed_and_never_called_memory(monkeypatch, changes, error, message):
     monkeypatch.setattr(memory, "_STALL_SECONDS", 1.0)

@@ -96,7 +96,9 @@ class CeilingSearch:
             True if so.
         """
         lo, hi = bracket(trials, self.max_size)
-        return lo >= hi - 1 or (not self.exact and 0 < self.tolerance * (hi - 1) <= lo)
+        near = 0 < self.tolerance * (hi - 1) <= lo and not self.exact
+        # Without a failure the largest size itself is to be run.
+        return lo >= hi - 1 or (near and hi <= self.max_size)
 
     def next_size(self, trials: Sequence[Trial]) -> int | None:
         """The size to run next.
@@ -112,7 +114,7 @@ class CeilingSearch:
             >>> search.next_size([])
             8
             >>> search.next_size([Trial(size=8, fits=True, peak_bytes=1 << 30)])
-            63
+            62
         """
         lo, hi = bracket(trials, self.max_size)
         if self.proven(trials):
@@ -141,6 +143,8 @@ class CeilingSearch:
         if high > _VAGUE * low:
             wanted = math.isqrt(math.floor(low * min(high, hi)))
             return wanted if failed else max(2 * lo, wanted)
+        if not failed and likely >= self.max_size:
+            return self.max_size
         return max(math.floor(_AIM * likely), math.floor(lo / self.tolerance) + 1)
 
     def _predict(self, trials: Sequence[Trial]) -> tuple[float, float, float] | None:

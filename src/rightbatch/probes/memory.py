@@ -97,8 +97,8 @@ class MemoryLawRecord:
     Attributes:
         fixed_bytes: Memory that does not depend on the size.
         bytes_per_example: Memory of one more example.
-        predicted_bytes: The answer's peak as predicted from the smaller sizes, or None with fewer
-            than two of them.
+        predicted_bytes: The answer's peak as predicted from the smaller sizes (from a single one
+            and what is fixed), or None without any.
         prediction_error: (predicted − measured) / measured at the answer, or None.
     """
 
@@ -450,8 +450,11 @@ class _MemoryProbe:
             return None, None
         law = fit_memory_law(list(peaks), list(peaks.values()))
         smaller = {size: peak for size, peak in peaks.items() if size < answer}
+        fixed = [t.fixed_bytes for t in self.law_trials() if t.fixed_bytes is not None]
+        if len(smaller) == 1:
+            smaller[0] = max(fixed)
         predicted = error = None
-        if len(smaller) >= 2:
+        if smaller:
             predicted = fit_memory_law(list(smaller), list(smaller.values())).peak_bytes(answer)
             error = predicted / peaks[answer] - 1
         return law, MemoryLawRecord(
