@@ -38,6 +38,9 @@ WorkloadArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 DeviceOption = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, …")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Small models are fastest with 1.")
+]
 SeedOption = Annotated[int, typer.Option(help="Decides weights, data order and draws.")]
 MemoryOption = Annotated[
     str | None, typer.Option("--memory", help="Memory limit, such as 8GiB. Default: what is free.")
@@ -74,6 +77,7 @@ def train(
     ] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
@@ -88,6 +92,7 @@ def train(
         until_target=until_target,
         seed=seed,
         device=device,
+        threads=threads,
     )
 
 
@@ -108,6 +113,7 @@ def plan(
     memory: MemoryOption = None,
     replicas: Annotated[int, typer.Option(min=1, help="Data-parallel workers.")] = 1,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="Write the plan and its evidence.")] = None,
     replay: Annotated[
@@ -136,6 +142,7 @@ def plan(
         target=target,
         replicas=replicas,
         device=device,
+        threads=threads,
         seed=seed,
     )
 
@@ -145,11 +152,13 @@ def probe_memory(
     workload: WorkloadArgument,
     memory: MemoryOption = None,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """The largest micro-batch that fits, and what the memory is used for."""
-    return _probe("memory", workload, device, as_json, quiet, memory_limit=memory)
+    options = {"device": device, "threads": threads, "memory_limit": memory}
+    return _probe("memory", workload, as_json, quiet, **options)
 
 
 @probe_app.command("throughput")
@@ -157,25 +166,29 @@ def probe_throughput(
     workload: WorkloadArgument,
     budget: BudgetOption = None,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """Seconds per step against micro-batch, and where throughput stops growing."""
-    options = _seconds("budget_seconds", budget)
-    return _probe("throughput", workload, device, as_json, quiet, seed=seed, **options)
+    options = {"device": device, "threads": threads, "seed": seed}
+    options |= _seconds("budget_seconds", budget)
+    return _probe("throughput", workload, as_json, quiet, **options)
 
 
 @probe_app.command("noise")
 def probe_noise(
     workload: WorkloadArgument,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """The gradient noise scale B_simple, at the start and along a short training."""
-    return _probe("noise", workload, device, as_json, quiet, seed=seed)
+    options = {"device": device, "threads": threads, "seed": seed}
+    return _probe("noise", workload, as_json, quiet, **options)
 
 
 @probe_app.command("learning-rate")
@@ -183,23 +196,21 @@ def probe_learning_rate(
     workload: WorkloadArgument,
     batch_size: BatchOption = 32,
     device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
     """A learning-rate range test at one batch size."""
-    return _probe(
-        "learning-rate", workload, device, as_json, quiet, seed=seed, global_batch=batch_size
-    )
+    options = {"device": device, "threads": threads, "seed": seed, "global_batch": batch_size}
+    return _probe("learning-rate", workload, as_json, quiet, **options)
 
 
-def _probe(
-    kind: str, workload: str, device: str, as_json: bool, quiet: bool, **options: Any
-) -> int:
+def _probe(kind: str, workload: str, as_json: bool, quiet: bool, **options: Any) -> int:
     from rightbatch.cli import run_probe
 
     output = Output(as_json=as_json, quiet=quiet)
-    return run_probe.run(output, kind, workload, device=device, **options)
+    return run_probe.run(output, kind, workload, **options)
 
 
 def _seconds(name: str, text: str | None) -> dict[str, float]:

@@ -9,12 +9,13 @@ from rightbatch.errors import UsageError
 from rightbatch.workload import Workload, check_workload
 
 
-def open_workload(reference: str, device: str) -> Workload:
+def open_workload(reference: str, device: str, threads: int | None = None) -> Workload:
     """Finds a workload and runs one step of it, so that mistakes show before anything is timed.
 
     Args:
         reference: Catalog name, `path/to/file.py:name` or `package.module:name`.
         device: Where it will run.
+        threads: CPU threads that torch uses from here on. Default: as many as it has now.
 
     Returns:
         The workload.
@@ -22,6 +23,8 @@ def open_workload(reference: str, device: str) -> Workload:
     Raises:
         UsageError: If there is no such device.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

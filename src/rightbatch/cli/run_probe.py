@@ -31,7 +31,15 @@ _PROBES = {
 }
 
 
-def run(output: Output, kind: str, reference: str, *, device: str, **options: Any) -> int:
+def run(
+    output: Output,
+    kind: str,
+    reference: str,
+    *,
+    device: str,
+    threads: int | None = None,
+    **options: Any,
+) -> int:
     """Makes one measurement and prints it.
 
     Args:
@@ -39,6 +47,7 @@ def run(output: Output, kind: str, reference: str, *, device: str, **options: An
         kind: Which, as on the command line.
         reference: The workload.
         device: Where to measure.
+        threads: CPU threads, or None for torch's default.
         **options: Passed on to the probe.
 
     Returns:
@@ -48,7 +57,7 @@ def run(output: Output, kind: str, reference: str, *, device: str, **options: An
     measure = getattr(rightbatch, probe.function)
     with output.progress(f"Probing {kind}") as report:
         report(f"Checking {reference}")
-        workload = open_workload(reference, device)
+        workload = open_workload(reference, device, threads)
         record = measure(workload, device=device, progress=report, **options)
     render = importlib.import_module(f"rightbatch.cli.{probe.renderer}").as_text
     output.result(lambda: render(record), lambda: dump_record(record, schema=probe.schema))

@@ -48,13 +48,21 @@ class TrainResult:
     parameters_sha256: str
 
 
-def run(output: Output, reference: str, *, recipe: RecipeChoice, **options: Any) -> int:
+def run(
+    output: Output,
+    reference: str,
+    *,
+    recipe: RecipeChoice,
+    threads: int | None = None,
+    **options: Any,
+) -> int:
     """Trains, prints what came of it, and returns the exit code.
 
     Args:
         output: Where to print.
         reference: The workload.
         recipe: How the recipe was given.
+        threads: CPU threads, or None for torch's default.
         **options: Passed on to `rightbatch.train`.
 
     Returns:
@@ -63,7 +71,7 @@ def run(output: Output, reference: str, *, recipe: RecipeChoice, **options: Any)
     _check_choice(recipe)
     with output.progress(f"Loading {reference}") as report:
         report(f"Checking {reference}")
-        workload = open_workload(reference, options["device"])
+        workload = open_workload(reference, options["device"], threads)
         chosen = _choose_recipe(recipe, workload)
         report(
             f"Training {workload.name}: batch {chosen.global_batch}, {options['epochs']:g} epochs"

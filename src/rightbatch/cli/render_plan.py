@@ -1,0 +1,257 @@
+"""The plan as text: what to do, why, what it should take, what was run, what it cost."""
+
+from __future__ import annotations
+
+from rightbatch.cli.table import make_table, make_wrapped_table, wrap
+from rightbatch.cli.units import show_interval, show_number, show_seconds
+from rightbatch.laws.estimate import Estimate
+from rightbatch.plan.choose import max_micro_batch, step_seconds
+from rightbatch.plan.records import Plan
+from rightbatch.study.records import RaceRecord, TrialRecord
+
+_LABELS = {
+    "global_batch": "batch size",
+    "learning_rate": "learning rate",
+    "micro_batch": "micro-batch",
+    "warmup_steps": "warm-up steps",
+}
+"""Fields of the recipe whose names people write otherwise."""
+_KINDS = {"baseline": "baseline", "branch": "branch", "run": "fresh run"}
+
+
+def plan_text(plan: Plan) -> str:
+    """The answer in a sentence, then why, then what it should take, then the evidence.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Lines of at most 80 columns.
+    """
+    race = plan.evidence.race
+    parts = [wrap(answer(plan)), _reasons(plan)]
+    if plan.prediction is not None:
+        parts.append(_prediction(plan))
+    if race is not None:
+        parts.append(_runs(race))
+    if plan.warnings:
+        parts.append("\n".join(wrap(f"Note: {warning}") for warning in plan.warnings))
+    parts.append(_cost(plan))
+    return "\n\n".join(parts)
+
+
+def answer(plan: Plan) -> str:
+    """The plan in a sentence or two: what to do, what it gains, what that rests on.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        One paragraph, not wrapped.
+    """
+    recipe = plan.recipe
+    rate = show_number(_round(recipe.learning_rate))
+    todo = f"Train with batch {recipe.global_batch:,} at learning rate {rate}"
+    return f"{todo}{_gain(plan)}; {_near_best(plan)}. {_rests_on(plan)}"
+
+
+def _gain(plan: Plan) -> str:
+    race = plan.evidence.race
+    if race is None:
+        return ", as far as probes tell"
+    batch = race.baseline.global_batch
+    advantage = advantage_of(plan)
+    if advantage is None or advantage.value is None:
+        return f", the baseline itself: none of the {_count_runs(race)} other runs was better"
+    number = f"{_about(advantage.value)} ({_interval(advantage)})"
+    goal = f"to {_target_text(plan, race)}"
+    text = {
+        "examples": f": about {number} times fewer examples {goal} than batch {batch}",
+        "steps": f": about {number} times fewer steps {goal} than batch {batch}",
+    }.get(plan.goal, f": about {number} times as fast {goal} as batch {batch}")
+    low, high = advantage.low or 0.0, advantage.high
+    unsure = low <= 1.0 and (high is None or high >= 1.0)
+    return f"{text}, a difference within the doubt" if unsure else text
+
+
+def advantage_of(plan: Plan) -> Estimate | None:
+    """How many times less the recipe needs than the baseline, in the unit of the plan's goal.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The ratio with its interval; None without a race, or where the recipe is the baseline.
+    """
+    race, prediction = plan.evidence.race, plan.prediction
+    if race is None or prediction is None or prediction.speedup is None:
+        return None
+    factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, race.baseline.global_batch)
+    # The speed-up is one of steps times this ratio of seconds; take it out, put the goal's in.
+    if plan.goal == "steps":
+        return _times(prediction.speedup, factor)
+    if plan.goal == "examples":
+        share = race.baseline.global_batch / plan.recipe.global_batch
+        return _times(prediction.speedup, factor * share)
+    return prediction.speedup
+
+
+def _per_step(plan: Plan, batch: int) -> float:
+    evidence = plan.evidence
+    return step_seconds(
+        evidence.throughput, batch, max_micro_batch(evidence), evidence.setting.replicas
+    )
+
+
+def _times(estimate: Estimate, factor: float) -> Estimate:
+    value, low, high = (
+        None if x is None else x * factor for x in (estimate.value, estimate.low, estimate.high)
+    )
+    return Estimate(value=value, low=low, high=high, n=estimate.n, method=estimate.method)
+
+
+def _target_text(plan: Plan, race: RaceRecord) -> str:
+    target = plan.evidence.setting.target
+    if target is not None and race.target_reached:
+        return target
+    return f"a loss of {race.target_loss:.3g}"
+
+
+def _near_best(plan: Plan) -> str:
+    low, high = plan.near_best.low, plan.near_best.high
+    if low == high:
+        return "no other size is predicted to be as good"
+    return f"{low:,} to {high:,} are probably as good"
+
+
+def _rests_on(plan: Plan) -> str:
+    race = plan.evidence.race
+    if race is None:
+        return "It rests on four probes; nothing was trained."
+    return (
+        f"It rests on four probes, one training with batch {race.baseline.global_batch} and "
+        f"{_count_runs(race)} shorter or competing runs."
+    )
+
+
+def _count_runs(race: RaceRecord) -> int:
+    return len([t for t in _begun(race) if t.kind in {"branch", "run"}])
+
+
+def _begun(race: RaceRecord) -> list[TrialRecord]:
+    return [t for t in race.trials if t.points]
+
+
+def _reasons(plan: Plan) -> str:
+    recipe = plan.recipe
+    rows = [
+        (
+            _LABELS.get(reason.field, reason.field),
+            _value(getattr(recipe, reason.field, "")),
+            f"{reason.because} [{reason.source}]",
+        )
+        for reason in plan.reasons
+    ]
+    return make_wrapped_table(("field", "value", "because"), rows)
+
+
+def _value(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return show_number(value if isinstance(value, int) else _round(value))
+
+
+def _prediction(plan: Plan) -> str:
+    prediction = plan.prediction
+    assert prediction is not None
+    race = plan.evidence.race
+    goal = "" if race is None else f" to {_target_text(plan, race)}"
+    rows = [
+        ("steps", _about(prediction.steps.value), _interval(prediction.steps)),
+        ("examples", _about(prediction.examples.value), _interval(prediction.examples)),
+        ("modelled time", *_seconds_interval(prediction.seconds)),
+    ]
+    return make_table((f"it should take{goal}", "about", "95 % interval"), rows)
+
+
+def _round(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def _about(value: float | None) -> str:
+    """Two significant digits: what is predicted is not known to more."""
+    return show_number(_round(value, 2))
+
+
+def _interval(estimate: Estimate) -> str:
+    rounded = Estimate(
+        value=_round(estimate.value, 2),
+        low=_round(estimate.low, 2),
+        high=_round(estimate.high, 2),
+        n=estimate.n,
+    )
+    return show_interval(rounded)
+
+
+def _seconds_interval(estimate: Estimate) -> tuple[str, str]:
+    value, low, high = (
+        show_seconds(_round(x, 2)) for x in (estimate.value, estimate.low, estimate.high)
+    )
+    return value, f"{low}–{high}"
+
+
+def _runs(race: RaceRecord) -> str:
+    ladder = [t for t in race.trials if t.kind == "ladder"]
+    rows = [
+        (
+            _KINDS[trial.kind],
+            _ending(trial),
+            f"{trial.global_batch:,}",
+            show_number(_round(trial.learning_rate)),
+            f"{trial.steps:,}",
+            show_number(_round(_best_loss(trial))),
+        )
+        for trial in _begun(race)
+        if trial.kind != "ladder"
+    ]
+    header = ("run", "how it ended", "batch", "learning rate", "steps", "best loss")
+    rates = [t.learning_rate for t in ladder]
+    before = (
+        f"Before them, {len(ladder)} short runs with batch {race.baseline_batch} at learning rates "
+        f"{show_number(_round(min(rates)))} to {show_number(_round(max(rates)))} found one that "
+        "trains."
+        if rates
+        else ""
+    )
+    return f"{make_table(header, rows, left=2)}\n{wrap(before)}".rstrip()
+
+
+def _best_loss(trial: TrialRecord) -> float | None:
+    return min((p.loss for p in trial.points if p.loss is not None), default=None)
+
+
+def _ending(trial: TrialRecord) -> str:
+    if trial.state == "diverged":
+        return "diverged"
+    if trial.steps_to_target is not None:
+        return f"met the target at step {trial.steps_to_target:,}"
+    return "ended as planned" if trial.kind == "branch" else "stopped"
+
+
+def _cost(plan: Plan) -> str:
+    cost, evidence = plan.cost, plan.evidence
+    race, environment = evidence.race, evidence.environment
+    compared = (
+        ""
+        if cost.full_trainings is None or race is None
+        else (
+            f", as many examples as {show_number(_round(cost.full_trainings))} full trainings "
+            f"with batch {race.baseline.global_batch}"
+        )
+    )
+    threads = "1 thread" if environment.num_threads == 1 else f"{environment.num_threads} threads"
+    return wrap(
+        f"Finding it cost {cost.examples:,} examples and {show_seconds(cost.seconds)}{compared}. "
+        f"Measured on {evidence.setting.device} with {threads}, torch {environment.torch}, seed "
+        f"{evidence.setting.seed}; another machine or thread count may need another plan."
+    )

@@ -1,0 +1,267 @@
+"""`make demo`: the main job on the digits data, and then the proof of it on fresh seeds.
+
+Plans; trains with the recipe; trains with the usual default, batch 32, at the best learning rate
+that the race found for it, and at the learning rate of the recipe; each over fresh seeds until
+the target is met. Shows the three side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from rightbatch.catalog import load_workload
+from rightbatch.cli.output import Output
+from rightbatch.cli.render_plan import plan_text
+from rightbatch.cli.table import make_table, wrap
+from rightbatch.cli.units import show_interval, show_number
+from rightbatch.laws.estimate import Estimate
+from rightbatch.plan import Plan, make_plan
+from rightbatch.plan.choose import BASELINE_BATCH, baseline_rate, max_micro_batch, step_seconds
+from rightbatch.recipe import Recipe
+from rightbatch.store import make_run_directory, write_record
+from rightbatch.training import Training
+from rightbatch.training.loop import point_value
+from rightbatch.workload import Workload
+
+WORKLOAD = "digits"
+FRESH_SEEDS = (101, 102, 103)
+"""Not among those that the plan has seen."""
+MOST_EPOCHS = 60
+EXAMPLES_BETWEEN_LOOKS = 256
+"""Finer than an epoch, and the same for every batch, so that none is favoured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one training took to the target.
+
+    Attributes:
+        reached: Whether the target was met.
+        steps: Updates to the target, or done in all.
+        examples: Training examples.
+        epochs: Passes over the training set.
+        measured_seconds: Wall time of the updates alone, evaluations left out.
+        modelled_seconds: Steps × the step time that the plan's probe measured.
+    """
+
+    reached: bool
+    steps: int
+    examples: int
+    epochs: float
+    measured_seconds: float
+    modelled_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One recipe and what came of it, a run per fresh seed."""
+
+    title: str
+    recipe: Recipe
+    outcomes: tuple[Outcome, ...]
+
+
+def main() -> int:
+    """Runs the demonstration.
+
+    Returns:
+        The exit code, 0.
+    """
+    workload = load_workload(WORKLOAD)
+    output = Output(as_json=False, quiet=False)
+    with output.progress(f"Planning {WORKLOAD}") as report:
+        plan = make_plan(workload, effort="race", progress=report)
+    _show(plan_text(plan))
+    folder = make_run_directory("runs", f"demo-{WORKLOAD}")
+    write_record(folder / "plan.json", plan, schema="rightbatch.plan/1")
+    with output.progress("Training to the target") as report:
+        sides = []
+        for title, recipe in contestants(plan).items():
+            report(f"Training to the target: {title}")
+            sides.append(measure_side(workload, plan, title, recipe))
+    _show("\n" + comparison_text(sides, str(workload.target)))
+    _show(f"\nThe plan and its evidence: {folder / 'plan.json'}")
+    return 0
+
+
+def contestants(plan: Plan) -> dict[str, Recipe]:
+    """What is compared: the recipe, and the default at its own best and at the recipe's rate.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Titles and recipes; the default is left out where it is the recipe.
+    """
+    race, recipe = plan.evidence.race, plan.recipe
+    own = baseline_rate(plan.evidence) if race is None else race.baseline.learning_rate
+    sides = {"the recipe": recipe}
+    same = recipe.learning_rate
+    for title, rate in (("default, its best rate", own), ("default, same rate", same)):
+        default = Recipe(global_batch=BASELINE_BATCH, learning_rate=rate)
+        if default not in sides.values():
+            sides[title] = default
+    return sides
+
+
+def measure_side(
+    workload: Workload,
+    plan: Plan,
+    title: str,
+    recipe: Recipe,
+    *,
+    seeds: Sequence[int] = FRESH_SEEDS,
+) -> Side:
+    """Trains with a recipe to the target, once per seed.
+
+    Args:
+        workload: What to train; it has a target.
+        plan: Its step-time law gives the modelled seconds.
+        title: What the recipe is called.
+        recipe: How to train.
+        seeds: Of the runs.
+
+    Returns:
+        What came of it.
+    """
+    throughput, ceiling = plan.evidence.throughput, max_micro_batch(plan.evidence)
+    step = step_seconds(throughput, recipe.global_batch, ceiling)
+    outcomes = tuple(_measure_run(workload, recipe, seed, step) for seed in seeds)
+    return Side(title=title, recipe=recipe, outcomes=outcomes)
+
+
+def _measure_run(workload: Workload, recipe: Recipe, seed: int, step: float) -> Outcome:
+    target = workload.parsed_target
+    assert target is not None
+    training = Training(workload, recipe, seed=seed)
+    between = max(1, round(EXAMPLES_BETWEEN_LOOKS / recipe.global_batch))
+    seconds, reached = 0.0, False
+    while not reached and not training.diverged and training.epochs < MOST_EPOCHS:
+        begin = time.perf_counter()
+        training.advance(between)
+        seconds += time.perf_counter() - begin
+        value = point_value(training.evaluate(), target.quantity)
+        reached = value is not None and target.reached(value)
+    return Outcome(
+        reached=reached,
+        steps=training.steps,
+        examples=training.examples,
+        epochs=training.epochs,
+        measured_seconds=seconds,
+        modelled_seconds=training.steps * step,
+    )
+
+
+def comparison_text(sides: Sequence[Side], target: str) -> str:
+    """The answer in a sentence, and the trainings side by side.
+
+    Args:
+        sides: The recipe first, then what it is compared with.
+        target: What counts as trained, in words.
+
+    Returns:
+        Lines of at most 80 columns.
+    """
+    rows = [
+        ("batch size", *(show_number(s.recipe.global_batch) for s in sides)),
+        ("learning rate", *(f"{s.recipe.learning_rate:.3g}" for s in sides)),
+        ("target met", *(_share_reached(s) for s in sides)),
+        ("steps", *(_middle(s, lambda o: o.steps, _whole) for s in sides)),
+        ("examples", *(_middle(s, lambda o: o.examples, _whole) for s in sides)),
+        ("epochs", *(_middle(s, lambda o: o.epochs, _short) for s in sides)),
+        ("measured ms", *(_middle(s, lambda o: 1e3 * o.measured_seconds, _short) for s in sides)),
+        ("modelled ms", *(_middle(s, lambda o: 1e3 * o.modelled_seconds, _short) for s in sides)),
+    ]
+    num_seeds = len(sides[0].outcomes)
+    header = (f"to {target}", *(s.title for s in sides))
+    remark = (
+        f"Median (least to most) of {num_seeds} fresh seeds; evaluation is not counted. Modelled: "
+        "steps × the step time that the probe measured."
+    )
+    table = make_table(header, rows)
+    return f"{wrap(verdict(sides, target))}\n\n{table}\n{wrap(remark)}"
+
+
+def verdict(sides: Sequence[Side], target: str) -> str:
+    """What the fresh seeds say, in a sentence.
+
+    Args:
+        sides: The recipe first, then what it is compared with.
+        target: What counts as trained, in words.
+
+    Returns:
+        The sentence.
+    """
+    recipe = sides[0]
+    missed = sum(not o.reached for o in recipe.outcomes)
+    num_seeds = len(recipe.outcomes)
+    if missed:
+        return f"On fresh seeds the recipe did not meet {target} in {missed} of {num_seeds} runs."
+    if len(sides) == 1:
+        return f"The recipe is the usual default; it met {target} on all {num_seeds} fresh seeds."
+    other = sides[1]
+    name = f"batch {other.recipe.global_batch} at learning rate {other.recipe.learning_rate:.3g}"
+    if not all(o.reached for o in other.outcomes):
+        return f"On fresh seeds the recipe met {target} in all runs; {name} did not."
+    ratio = speedup(recipe, other)
+    low, high = ratio.low or 0.0, ratio.high or math.inf
+    doubt = ": the difference is within the noise" if low <= 1 <= high else ""
+    return (
+        f"On {num_seeds} fresh seeds the recipe met {target} {show_number(ratio.value)} "
+        f"({show_interval(ratio)}) times as fast, in modelled seconds, as {name}{doubt}."
+    )
+
+
+def speedup(recipe: Side, other: Side) -> Estimate:
+    """Geometric mean of the ratios of modelled seconds, seed by seed, with Student's interval.
+
+    Args:
+        recipe: The faster, if all is well.
+        other: What it is compared with, on the same seeds.
+
+    Returns:
+        How many times as fast `recipe` is, to two digits.
+    """
+    logs = [
+        math.log(b.modelled_seconds / a.modelled_seconds)
+        for a, b in zip(recipe.outcomes, other.outcomes, strict=True)
+    ]
+    n, mean = len(logs), statistics.fmean(logs)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(logs) / math.sqrt(n)
+    value, low, high = (float(f"{math.exp(x):.2g}") for x in (mean, mean - half, mean + half))
+    return Estimate(value=value, low=low, high=high, n=n, method="paired by seed, Student's t")
+
+
+def _middle(
+    side: Side, of_outcome: Callable[[Outcome], float], show: Callable[[float], str]
+) -> str:
+    values = sorted(of_outcome(o) for o in side.outcomes if o.reached)
+    if not values:
+        return "–"
+    return f"{show(statistics.median(values))} ({show(values[0])}–{show(values[-1])})"
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _share_reached(side: Side) -> str:
+    return f"{sum(o.reached for o in side.outcomes)} of {len(side.outcomes)}"
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
