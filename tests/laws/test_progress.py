@@ -349,12 +349,13 @@ def test_many_good_observations_recover_every_ratio_of_steps(
     possible = truth < 3.0
     assert possible.sum() >= 8
     error = np.median(found, axis=0) - truth
-    assert np.abs(error[possible]).max() < 0.2
     doubt, doubt_before = (
         np.quantile(x, 0.95, axis=0) - np.quantile(x, 0.05, axis=0)
         for x in (found, steps_ratios(prior, posterior(prior, ())))
     )
     # What lies on the cliff is left in doubt: no run that was seen went there.
+    assert (np.abs(error) < 0.1 + doubt)[possible].all()
+    assert np.median(np.abs(error[possible])) < 0.05
     assert np.median(doubt[possible] / doubt_before[possible]) < 0.2
 
 
