@@ -1,0 +1,230 @@
+"""A plan as text: the answer first, honest about its doubt; what an interrupt leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rightbatch
+from rightbatch.cli import main
+from rightbatch.cli.render_plan import advantage_of, answer, plan_text
+from rightbatch.laws.estimate import Estimate
+from rightbatch.plan import Plan, make_plan
+from rightbatch.plan.choose import max_micro_batch, step_seconds
+from rightbatch.plan.make import describe_environment
+from rightbatch.plan.records import NearBest, Prediction
+from rightbatch.study.records import RaceRecord
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """A real one, with a race."""
+    return make_plan(rightbatch.load_workload("max3"), effort="race", memory_limit="1GiB")
+
+
+def race_of(plan: Plan) -> RaceRecord:
+    assert plan.evidence.race is not None
+    return plan.evidence.race
+
+
+def with_race(plan: Plan, **changes: Any) -> Plan:
+    return replace(plan, evidence=replace(plan.evidence, race=replace(race_of(plan), **changes)))
+
+
+def with_setting(plan: Plan, **changes: Any) -> Plan:
+    setting = replace(plan.evidence.setting, **changes)
+    return replace(plan, evidence=replace(plan.evidence, setting=setting))
+
+
+def choosing(plan: Plan, batch: int, speedup: Estimate | None, **changes: Any) -> Plan:
+    recipe = plan.recipe.replace(global_batch=batch, learning_rate=0.512)
+    some = Estimate(value=100.0, low=80.0, high=125.0, n=3)
+    prediction = Prediction(steps=some, seconds=some, examples=some, speedup=speedup)
+    near = NearBest(low=32, high=128)
+    return replace(plan, recipe=recipe, prediction=prediction, near_best=near, **changes)
+
+
+FASTER = Estimate(value=2.13, low=1.62, high=2.74, n=5)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# ------------------------------------------------------------------------------------ the answer
+
+
+def test_the_answer_says_what_to_do_what_it_gains_and_what_it_rests_on(plan: Plan) -> None:
+    text = answer(choosing(plan, 64, FASTER))
+    assert text.startswith(
+        "Train with batch 64 at learning rate 0.512: about 2.1 (1.6–2.7) times as fast to "
+        "val_loss<=0.25 as batch 32; 32 to 128 are probably as good. It rests on four probes, "
+        "one training with batch 32 and "
+    )
+    assert "doubt" not in text
+
+
+def test_a_difference_that_may_be_none_is_said_to_be_within_the_doubt(plan: Plan) -> None:
+    unsure = Estimate(value=1.3, low=0.83, high=2.1, n=5)
+    assert "about 1.3 (0.83–2.1) times as fast" in answer(choosing(plan, 64, unsure))
+    assert "a difference within the doubt;" in answer(choosing(plan, 64, unsure))
+    slower = Estimate(value=0.5, low=0.4, high=0.6, n=5)
+    assert "within the doubt" not in answer(choosing(plan, 64, slower))
+
+
+def test_the_baseline_itself_is_said_to_be_the_answer(plan: Plan) -> None:
+    text = answer(choosing(plan, 32, None))
+    assert text.startswith("Train with batch 32 at learning rate 0.512, the baseline itself: none")
+
+
+def test_without_a_race_nothing_is_claimed_to_be_faster(plan: Plan) -> None:
+    probed = replace(plan, evidence=replace(plan.evidence, race=None), prediction=None)
+    text = plan_text(replace(probed, cost=replace(plan.cost, full_trainings=None)))
+    assert "as far as probes tell" in one_line(text)
+    assert "nothing was trained" in one_line(text)
+    assert "times as fast" not in answer(probed)
+    assert "full trainings" not in text
+    assert "how it ended" not in text
+
+
+def test_a_target_that_was_not_given_or_not_met_is_not_named(plan: Plan) -> None:
+    chosen = choosing(plan, 64, FASTER)
+    named = with_race(chosen, target_loss=0.4567, target_reached=False)
+    assert "times as fast to a loss of 0.457 as batch 32" in answer(named)
+    assert "to a loss of" in answer(with_setting(chosen, target=None))
+
+
+def test_one_near_best_size_is_said_to_stand_alone(plan: Plan) -> None:
+    alone = replace(choosing(plan, 64, FASTER), near_best=NearBest(low=64, high=64))
+    assert "no other size is predicted to be as good" in answer(alone)
+
+
+@pytest.mark.parametrize(
+    ("goal", "expected", "words"),
+    [
+        ("steps", 3.0, "about 3 (2–4) times fewer steps to"),
+        ("examples", 1.5, "about 1.5 (1–2) times fewer examples to"),
+        ("time", None, "times as fast to"),
+        ("quality", None, "times as fast to"),
+    ],
+)
+def test_the_gain_is_told_in_the_goals_unit(
+    plan: Plan, goal: Any, expected: float | None, words: str
+) -> None:
+    """Three times fewer steps at twice the batch are 1.5 times fewer examples."""
+
+    def seconds(batch: int) -> float:
+        return step_seconds(plan.evidence.throughput, batch, max_micro_batch(plan.evidence))
+
+    per_step = seconds(32) / seconds(64)
+    speedup = Estimate(value=3 * per_step, low=2 * per_step, high=4 * per_step, n=5)
+    chosen = choosing(plan, 64, speedup, goal=goal)
+    found = advantage_of(chosen)
+    assert found is not None
+    assert found.value == pytest.approx(expected if expected is not None else 3 * per_step)
+    assert words in answer(chosen)
+
+
+# ---------------------------------------------------------------------------------- the whole text
+
+
+def test_the_text_shows_all_that_a_reader_needs_in_80_columns(plan: Plan) -> None:
+    text = plan_text(plan)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert text.startswith(answer(plan)[:40])
+    shown = one_line(text)
+    for reason in plan.reasons:
+        assert reason.source in shown
+    for label in ("batch size", "learning rate", "micro-batch", "accumulation", "precision"):
+        assert f"\n{label}  " in text
+    for trial in race_of(plan).trials:
+        if trial.points and trial.kind != "ladder":
+            assert f"{trial.steps:,}" in text
+    for warning in plan.warnings:
+        assert one_line(warning) in shown
+    assert f"{plan.cost.examples:,} examples" in shown
+    assert "full trainings with batch 32" in shown
+    assert f"torch {torch.__version__}" in shown
+
+
+def test_every_reason_stands_beside_its_value(plan: Plan) -> None:
+    rows = plan_text(plan).splitlines()
+    batch = next(row for row in rows if row.startswith("batch size"))
+    assert batch.split()[2] == f"{plan.recipe.global_batch:,}"
+    rate = next(row for row in rows if row.startswith("learning rate"))
+    assert float(rate.split()[2]) == pytest.approx(plan.recipe.learning_rate, rel=0.01)
+
+
+# -------------------------------------------------------------------------------------- interrupts
+
+
+def test_an_interrupted_race_prints_its_best_keeps_it_and_exits_130(
+    plan: Plan, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = with_race(plan, stopped_by="interrupt")
+    monkeypatch.setattr("rightbatch.cli.run_plan.make_plan", lambda *_, **__: partial)
+    out = tmp_path / "plan.json"
+    assert main(["plan", "max3", "--out", str(out), "--quiet"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Train with batch")
+    assert captured.err == "rightbatch: Interrupted.\n"
+    assert main(["plan", "--replay", str(out)]) == 0, "to replay it is no interruption"
+    assert "ended early (interrupt)" in one_line(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("moment", "prints"), [("memory:", False), ("race: branching", True)])
+def test_ctrl_c_ends_a_plan_with_what_it_has(moment: str, prints: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rightbatch", "plan", "quadratic", "--effort", "race", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if moment in line:
+            break
+    time.sleep(0.2)
+    begin = time.perf_counter()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to children too
+    out, err = process.communicate(timeout=20)
+    seconds = time.perf_counter() - begin
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "rightbatch: Interrupted."
+    if prints:
+        assert json.loads(out)["evidence"]["race"]["stopped_by"] == "interrupt"
+        assert seconds < 4
+    else:
+        assert out == ""
+        assert seconds < 2
+
+
+# ----------------------------------------------------------------------------------------- threads
+
+
+def test_threads_are_set_for_the_measurement(capsys: Captured) -> None:
+    train = ["train", "max3", "--batch-size", "full", "--learning-rate", "0.3", "--epochs", "1"]
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            assert main([*train, "--threads", str(threads), "--quiet"]) == 0
+            assert torch.get_num_threads() == describe_environment().num_threads == threads
+    finally:
+        torch.set_num_threads(before)
+    assert main([*train, "--threads", "0"]) == 2
+    assert "--threads" in capsys.readouterr().err

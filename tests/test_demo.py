@@ -1,0 +1,102 @@
+"""The demonstration says what the fresh seeds say, and no more."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rightbatch
+from rightbatch.demo import Outcome, Side, comparison_text, contestants, measure_side, speedup
+from rightbatch.recipe import Recipe
+
+
+def side(title: str, seconds: list[float], *, batch: int = 32, reached: bool = True) -> Side:
+    outcomes = tuple(
+        Outcome(
+            reached=reached,
+            steps=100,
+            examples=100 * batch,
+            epochs=2.0,
+            measured_seconds=s,
+            modelled_seconds=s,
+        )
+        for s in seconds
+    )
+    return Side(
+        title=title, recipe=Recipe(global_batch=batch, learning_rate=0.5), outcomes=outcomes
+    )
+
+
+def test_the_speed_up_is_the_geometric_mean_with_students_interval() -> None:
+    """ln ratios ln 2 + {−d, 0, d}: mean ln 2, standard error d/√3, t(0.975, 2) = 4.3027."""
+    d = 0.1
+    slow = [2 * math.exp(x) for x in (-d, 0.0, d)]
+    found = speedup(side("fast", [1.0] * 3), side("slow", slow))
+    half = 4.3027 * d / math.sqrt(3)
+    assert found.value == 2.0
+    assert found.low == pytest.approx(2 * math.exp(-half), rel=0.03)
+    assert found.high == pytest.approx(2 * math.exp(half), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "default", "words"),
+    [
+        ([1.0, 1.0, 1.1], [2.0, 2.1, 2.0], "times as fast, in modelled seconds, as batch 32"),
+        ([1.0, 1.5, 0.7], [1.2, 1.0, 1.1], "the difference is within the noise"),
+        ([2.0, 2.1, 2.0], [1.0, 1.0, 1.1], "0.51 (0.42–0.61) times as fast"),
+    ],
+)
+def test_the_verdict_is_honest(recipe: list[float], default: list[float], words: str) -> None:
+    sides = [side("the recipe", recipe, batch=128), side("default", default)]
+    text = comparison_text(sides, "val_loss<=0.12")
+    assert words in " ".join(text.split())
+    assert ("within the noise" in " ".join(text.split())) == ("noise" in words)
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def test_a_target_that_is_missed_is_told() -> None:
+    missed = side("the recipe", [1.0] * 3, reached=False)
+    met = side("default", [1.0] * 3)
+    assert "did not meet val_loss<=1 in 3 of 3 runs" in comparison_text(
+        [missed, met], "val_loss<=1"
+    )
+    assert "met val_loss<=1 in all runs" in comparison_text([met, missed], "val_loss<=1")
+    assert "0 of 3" in comparison_text([met, missed], "val_loss<=1")
+    assert "is the usual default" in comparison_text([met], "val_loss<=1")
+
+
+def plan_with(recipe: Recipe, baseline_rate: float) -> Any:
+    baseline = SimpleNamespace(learning_rate=baseline_rate)
+    evidence = SimpleNamespace(race=SimpleNamespace(baseline=baseline))
+    return SimpleNamespace(recipe=recipe, evidence=evidence)
+
+
+def test_the_default_is_compared_at_its_own_rate_and_at_the_recipes() -> None:
+    found = contestants(plan_with(Recipe(global_batch=128, learning_rate=1.5), 1.0))
+    assert [(r.global_batch, r.learning_rate) for r in found.values()] == [
+        (128, 1.5),
+        (32, 1.0),
+        (32, 1.5),
+    ]
+    same = contestants(plan_with(Recipe(global_batch=32, learning_rate=1.0), 1.0))
+    assert list(same) == ["the recipe"]
+
+
+def test_runs_go_to_the_target_on_each_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = rightbatch.load_workload("quadratic")
+    monkeypatch.setattr("rightbatch.demo.step_seconds", lambda *_: 0.25)
+    monkeypatch.setattr("rightbatch.demo.max_micro_batch", lambda *_: 1024)
+    plan: Any = SimpleNamespace(evidence=SimpleNamespace(throughput=None))
+    recipe = Recipe(global_batch=64, learning_rate=0.2)
+    found = measure_side(workload, plan, "it", recipe, seeds=(1, 2))
+    for outcome in found.outcomes:
+        assert outcome.reached
+        assert outcome.steps % 4 == 0, "a look every 256 examples"
+        assert outcome.examples == outcome.steps * 64
+        assert outcome.epochs == outcome.examples / 1024
+        assert outcome.modelled_seconds == 0.25 * outcome.steps
+        assert outcome.measured_seconds > 0
+    assert found.outcomes[0] != found.outcomes[1]
