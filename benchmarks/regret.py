@@ -46,7 +46,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (truth, score):
         command.add_argument("workloads", nargs="*", help="names, or path/to/file.py:name")
     truth.add_argument("--thrifty", action="store_true", help="the shorter grid, for dear models")
-    truth.add_argument("--first-batch", type=int, default=1)
+    truth.add_argument("--first-batch", type=int, default=1, help="the smallest of the grid")
+    truth.add_argument("--num-seeds", type=int, default=6, help="seeds of the grid")
     score.add_argument("--rows", help="comma-separated; default: all")
     score.add_argument("--seeds", type=int, default=2, help="times that a method chooses")
     score.add_argument("--fresh", type=int, default=6, help="fresh seeds that a choice is run on")
@@ -70,9 +71,8 @@ def _truth(options: argparse.Namespace) -> int:
     from regret.grid import Settings
     from regret.truth import measure_truth
 
-    settings = Settings(first_batch=options.first_batch)
-    if options.thrifty:
-        settings = Settings.thrifty(first_batch=options.first_batch)
+    make = Settings.thrifty if options.thrifty else Settings
+    settings = make(seeds=tuple(range(options.num_seeds)), first_batch=options.first_batch)
     for workload in _workloads(options.workloads):
         measure_truth(workload, settings, _say)
     return 0

@@ -66,10 +66,17 @@ class Settings:
     prune: bool = False
 
     @classmethod
-    def thrifty(cls, *, first_batch: int) -> Settings:
+    def thrifty(cls, *, seeds: tuple[int, ...], first_batch: int) -> Settings:
         """For models that are dear to run: one seed everywhere, all seeds only near the best."""
         return cls(
-            first_batch=first_batch, below=2, above=1, margin=1, cut=4.0, screen=1, prune=True
+            seeds=seeds,
+            first_batch=first_batch,
+            below=2,
+            above=1,
+            margin=1,
+            cut=4.0,
+            screen=1,
+            prune=True,
         )
 
 
@@ -188,16 +195,33 @@ class Grid:
         Returns:
             Pairs.
         """
-        plan = self.settings
-        rates = set(range(expected - plan.below, expected + plan.above + 1))
-        seen = {cell.log2_lr for cell in self.at(global_batch)}
-        best = self.best(global_batch)
-        if rates <= seen and best is not None:
-            low, high = best[1] - plan.margin, best[1] + plan.margin
-            rates = set(range(min(low, *rates), max(high, *rates) + 1))
         done = {(cell.log2_lr, cell.seed) for cell in self.at(global_batch)}
+        rates = self._window(global_batch, expected, seeds)
+        if all((rate, seed) in done for rate in rates for seed in seeds):
+            best, margin = self.best(global_batch), self.settings.margin
+            if best is not None:
+                low, high = best[1] - margin, best[1] + margin
+                rates = set(range(min(low, *rates), max(high, *rates) + 1))
         pairs = [(rate, seed) for rate in sorted(rates) for seed in seeds]
         return [pair for pair in pairs if pair not in done]
+
+    def _window(self, global_batch: int, expected: int, seeds: Sequence[int]) -> set[int]:
+        """The rates of a batch: those that were run, if they are enough, else around the best."""
+        have: dict[int, set[int]] = {}
+        for cell in self.at(global_batch):
+            have.setdefault(cell.log2_lr, set()).add(cell.seed)
+        complete = sorted(rate for rate, ran in have.items() if ran >= set(seeds))
+        runs: list[list[int]] = []
+        for rate in complete:
+            if runs and runs[-1][-1] == rate - 1:
+                runs[-1].append(rate)
+            else:
+                runs.append([rate])
+        longest = max(runs, key=len, default=[])
+        plan = self.settings
+        if len(longest) > plan.below + plan.above:
+            return set(longest)
+        return set(range(expected - plan.below, expected + plan.above + 1))
 
     def expected_log2_lr(self, global_batch: int) -> int | None:
         """The best log2 lr of the nearest batch at which anything arrived; rises with the batch."""

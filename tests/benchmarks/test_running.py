@@ -1,0 +1,130 @@
+"""Steps to target against a training whose every loss is known."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.regret.running import (
+    SPACING,
+    crossing,
+    evaluation_steps,
+    examples_of,
+    run_cells,
+    run_recipe,
+)
+from rightbatch import catalog
+from rightbatch.catalog.quadratic import NUM_TRAIN, constants
+from rightbatch.recipe import Recipe
+from rightbatch.workload.target import parse_target
+
+TARGET = parse_target("val_loss<=2")
+
+
+def full_batch_steps(learning_rate: float, target: float) -> float:
+    """Where ½Σλδ²(1 − ηλ)²ᵗ + s²/2 meets the target, between whole steps linear in its log."""
+    known = constants()
+    rates, offsets = np.array(known.eigenvalues), np.array(known.offsets)
+
+    def loss(step: int) -> float:
+        shrunk = offsets * (1 - learning_rate * rates) ** step
+        return float((rates * shrunk**2).sum() / 2 + known.noise_variance / 2)
+
+    last = next(step for step in range(1, 10_000) if loss(step) <= target)
+    first, high, low = last - 1, math.log(loss(last - 1)), math.log(loss(last))
+    return first + (high - math.log(target)) / (high - low)
+
+
+@pytest.mark.parametrize("learning_rate", [0.125, 0.4])
+def test_full_batch_descent_arrives_where_the_formula_says(learning_rate: float) -> None:
+    workload = catalog.get("quadratic")
+    target = workload.parsed_target
+    assert target is not None
+    expected = full_batch_steps(learning_rate, target.value)
+    arrival = run_cells(workload, NUM_TRAIN, [learning_rate], [0], lambda _: 200)[0]
+    assert arrival.state == "reached"
+    assert arrival.steps_to_target is not None
+    # Beyond 15 steps evaluations are more than one step apart, and the curve is not quite straight.
+    assert arrival.steps_to_target == pytest.approx(expected, rel=1e-3 if expected < 28 else 0.01)
+
+
+def test_a_group_answers_as_each_run_alone() -> None:
+    workload = catalog.get("quadratic")
+    rates, seeds = [0.25, 1e-4, 0.125, 50.0], [0, 0, 1, 0]  # retired at different times
+    together = run_cells(workload, 64, rates, seeds, lambda _: 150)
+    alone = [
+        run_cells(workload, 64, [rate], [seed], lambda _: 150)[0]
+        for rate, seed in zip(rates, seeds, strict=True)
+    ]
+    assert [arrival.state for arrival in together] == ["reached", "censored", "reached", "diverged"]
+    assert together[1].steps_run == 150
+    assert [arrival.state for arrival in alone] == [arrival.state for arrival in together]
+    assert [a.steps_to_target or 0 for a in together] == pytest.approx(
+        [a.steps_to_target or 0 for a in alone], rel=1e-3
+    )
+
+
+def test_the_limit_may_fall_while_runs_are_under_way() -> None:
+    def limit(arrivals: object) -> int:
+        known = [a for a in arrivals if a is not None]  # type: ignore[attr-defined]
+        return known[0].steps_run + 5 if known else 10_000
+
+    reached, hopeless = run_cells(catalog.get("quadratic"), 64, [0.25, 1e-5], [0, 0], limit)
+    assert reached.state == "reached"
+    assert hopeless.state == "censored"
+    assert hopeless.steps_run <= reached.steps_run + 5
+
+
+def test_a_warm_up_is_run_and_changes_the_steps() -> None:
+    workload = catalog.get("quadratic")
+    plain = Recipe(global_batch=NUM_TRAIN, learning_rate=0.25)
+    (cold,) = run_recipe(workload, plain, [0], 200)
+    (barely,) = run_recipe(workload, plain.replace(warmup_steps=1), [0], 200)
+    (warm,) = run_recipe(workload, plain.replace(warmup_steps=10), [0], 200)
+    assert cold.steps_to_target is not None
+    assert barely.steps_to_target is not None
+    assert warm.steps_to_target is not None
+    # A first step at half the rate costs about half a step; ten that rise to it about five.
+    assert barely.steps_to_target - cold.steps_to_target == pytest.approx(0.5, abs=0.15)
+    assert warm.steps_to_target - cold.steps_to_target == pytest.approx(5.0, abs=0.8)
+
+
+@given(limit=st.integers(1, 100_000))
+def test_evaluations_are_close_enough_and_end_at_the_limit(limit: int) -> None:
+    steps = list(evaluation_steps(limit))
+    assert steps[0] == 1
+    assert steps[-1] == limit
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert after == before + 1 or 1 < after / before <= SPACING
+
+
+@given(
+    rate=st.floats(0.001, 0.2),
+    first=st.integers(1, 50),
+    gap=st.integers(1, 20),
+    where=st.floats(0.01, 1.0),
+)
+def test_crossing_is_exact_on_an_exponential(
+    rate: float, first: int, gap: int, where: float
+) -> None:
+    truth = first + where * gap
+
+    def value(step: float) -> float:
+        return TARGET.value * math.exp(-rate * (step - truth))
+
+    last = first + gap
+    found = crossing((first, value(first)), (last, value(last)), TARGET)
+    assert found == pytest.approx(truth, rel=1e-6)
+
+
+def test_crossing_of_a_metric_and_after_a_loss_that_was_not_finite() -> None:
+    accuracy = parse_target("val_accuracy>=0.5")
+    assert crossing((4, 0.0), (8, 1.0), accuracy) == 6.0
+    assert crossing((4, math.nan), (8, 1.0), TARGET) == 8.0
+
+
+def test_examples_count_the_smaller_last_batch() -> None:
+    assert [examples_of(n, 32, 100) for n in range(6)] == [0, 32, 64, 96, 100, 132]
+    assert examples_of(3, 100, 100) == 300
