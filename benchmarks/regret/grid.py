@@ -136,12 +136,16 @@ class Grid:
         ]
 
     def score(self, cells: Sequence[Cell], seeds: Sequence[int]) -> float:
-        """Geometric mean over seeds of seconds; infinite unless more than half arrived."""
+        """Mean seconds over seeds; infinite unless more than half arrived.
+
+        The mean is what a user pays: a place that is fast on most seeds and hopeless on one is
+        worse than a steady one.
+        """
         chosen = [cell for cell in cells if cell.seed in seeds]
         arrived = sum(cell.state == "reached" for cell in chosen)
         if 2 * arrived <= len(chosen) or not chosen:
             return math.inf
-        return _geometric_mean([self.seconds(cell) for cell in chosen])
+        return statistics.fmean(self.seconds(cell) for cell in chosen)
 
     def best(
         self, global_batch: int | None = None, *, seeds: Sequence[int] | None = None
@@ -289,12 +293,6 @@ class Grid:
             return max(1, math.ceil(self.settings.cut * best / step_seconds))
 
         return limit
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    if any(math.isinf(value) for value in values):
-        return math.inf
-    return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
 RunRow = Callable[[int, Sequence[tuple[int, int]]], None]

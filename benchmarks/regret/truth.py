@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -98,8 +99,7 @@ class Truth:
         if place is None:
             return None
         steps = [c.steps_to_target for c in grid.at(*place) if c.steps_to_target is not None]
-        mean = math.exp(sum(math.log(s) for s in steps) / len(steps))
-        return place[1], examples_of(mean, place[0], self.num_examples)
+        return place[1], examples_of(statistics.fmean(steps), place[0], self.num_examples)
 
 
 class CpuClock:

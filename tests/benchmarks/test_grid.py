@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import pytest
-
 from benchmarks.regret.grid import Cell, Grid, Settings, batches_outward, explore
 from benchmarks.regret.running import Arrival, State
 

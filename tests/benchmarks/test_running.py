@@ -1,12 +1,10 @@
 """Steps to target against a training whose every loss is known."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from benchmarks.regret.running import (
     SPACING,
     crossing,
@@ -15,6 +13,9 @@ from benchmarks.regret.running import (
     run_cells,
     run_recipe,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
 from rightbatch import catalog
 from rightbatch.catalog.quadratic import NUM_TRAIN, constants
 from rightbatch.recipe import Recipe
@@ -96,7 +97,7 @@ def test_evaluations_are_close_enough_and_end_at_the_limit(limit: int) -> None:
     steps = list(evaluation_steps(limit))
     assert steps[0] == 1
     assert steps[-1] == limit
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert after == before + 1 or 1 < after / before <= SPACING
 
 
