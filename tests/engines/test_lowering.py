@@ -272,31 +272,75 @@ def _group_norm(d: Draw) -> Arguments:
 
 
 FLOAT_UNARY = {
-    "normal": "exp exp2 expm1 sin cos tan atan sinh cosh tanh sigmoid erf isnan isinf gelu".split(),
-    "positive": "log log1p log2 log10 sqrt rsqrt reciprocal".split(),
-    "unit": "asin acos".split(),
-    "number": "abs neg sign relu floor ceil trunc round logical_not clone detach alias".split(),
-    "integers": "bitwise_not".split(),
+    "normal": [
+        "exp",
+        "exp2",
+        "expm1",
+        "sin",
+        "cos",
+        "tan",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "sigmoid",
+        "erf",
+        "isnan",
+        "isinf",
+        "gelu",
+    ],
+    "positive": ["log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal"],
+    "unit": ["asin", "acos"],
+    "number": [
+        "abs",
+        "neg",
+        "sign",
+        "relu",
+        "floor",
+        "ceil",
+        "trunc",
+        "round",
+        "logical_not",
+        "clone",
+        "detach",
+        "alias",
+    ],
+    "integers": ["bitwise_not"],
 }
 SAME = ["lift_fresh_copy", "_to_copy"]
 
 CASES: dict[str, Callable[[Draw], Arguments]] = {
     **{f"aten.{op}.default": _unary(make) for make, ops in FLOAT_UNARY.items() for op in ops},
     **{f"aten.{op}.default": _unary("normal") for op in SAME},
-    **{f"aten.{op}.Tensor": _binary_tensor for op in "add sub mul eq ne lt le gt ge".split()},
-    **{f"aten.{op}.Scalar": _binary_scalar for op in "add sub mul eq ne lt le gt ge div".split()},
-    **{f"aten.{op}.Tensor": _nonzero_divisor for op in "div remainder fmod".split()},
-    **{f"aten.{op}.Scalar": _binary_scalar for op in "remainder fmod rsub".split()},
-    **{f"aten.bitwise_{op}.Tensor": _bitwise_tensor for op in "and or xor".split()},
-    **{f"aten.bitwise_{op}.Scalar": _bitwise_scalar for op in "and or xor".split()},
-    **{f"aten.logical_{op}.default": _bitwise_tensor for op in "and or xor".split()},
-    **{f"aten.{op}.default": _binary_tensor for op in "maximum minimum".split()},
+    **{
+        f"aten.{op}.Tensor": _binary_tensor
+        for op in ["add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge"]
+    },
+    **{
+        f"aten.{op}.Scalar": _binary_scalar
+        for op in ["add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge", "div"]
+    },
+    **{f"aten.{op}.Tensor": _nonzero_divisor for op in ["div", "remainder", "fmod"]},
+    **{f"aten.{op}.Scalar": _binary_scalar for op in ["remainder", "fmod", "rsub"]},
+    **{f"aten.bitwise_{op}.Tensor": _bitwise_tensor for op in ["and", "or", "xor"]},
+    **{f"aten.bitwise_{op}.Scalar": _bitwise_scalar for op in ["and", "or", "xor"]},
+    **{f"aten.logical_{op}.default": _bitwise_tensor for op in ["and", "or", "xor"]},
+    **{f"aten.{op}.default": _binary_tensor for op in ["maximum", "minimum"]},
     "aten.atan2.default": lambda d: ([d.normal(2, 3), d.normal(2, 3)], {}),
     "aten.rsub.Tensor": lambda d: ([*d.broadcast_pair(d.normal)], {"alpha": d.of(1, 2)}),
     "aten.floor_divide.default": _nonzero_divisor,
-    "aten.div.Tensor_mode": lambda d: (_nonzero_divisor(d)[0], {"rounding_mode": d.of(None, "floor", "trunc")}),
-    "aten.div.Scalar_mode": lambda d: ([d.number(4), d.of(2, -3)], {"rounding_mode": d.of(None, "floor", "trunc")}),
-    "aten.nan_to_num.default": lambda d: ([torch.tensor([math.nan, math.inf, -math.inf, 1.0]), *d.of([], [1.0, 2.0, 3.0])], {}),
+    "aten.div.Tensor_mode": lambda d: (
+        _nonzero_divisor(d)[0],
+        {"rounding_mode": d.of(None, "floor", "trunc")},
+    ),
+    "aten.div.Scalar_mode": lambda d: (
+        [d.number(4), d.of(2, -3)],
+        {"rounding_mode": d.of(None, "floor", "trunc")},
+    ),
+    "aten.nan_to_num.default": lambda d: (
+        [torch.tensor([math.nan, math.inf, -math.inf, 1.0]), *d.of([], [1.0, 2.0, 3.0])],
+        {},
+    ),
     "aten.pow.Tensor_Scalar": lambda d: ([d.positive(4), d.of(2, 3, 0.5, -1, -0.5, 1.7, 9)], {}),
     "aten.pow.Tensor_Tensor": lambda d: ([d.positive(4), d.normal(4)], {}),
     "aten.pow.Scalar": lambda d: ([2.5, d.normal(4)], {}),
@@ -305,12 +349,24 @@ CASES: dict[str, Callable[[Draw], Arguments]] = {
     "aten.clamp_min.default": lambda d: ([d.normal(4), 0.2], {}),
     "aten.clamp_max.default": lambda d: ([d.normal(4), 0.2], {}),
     "aten.where.self": lambda d: ([d.bools(2, 3), d.normal(*d.of((2, 3), ())), d.normal(3)], {}),
-    "aten.masked_fill.Scalar": lambda d: ([d.normal(2, 3), d.bools(*d.of((2, 3), (3,))), d.of(-math.inf, 2)], {}),
+    "aten.masked_fill.Scalar": lambda d: (
+        [d.normal(2, 3), d.bools(*d.of((2, 3), (3,))), d.of(-math.inf, 2)],
+        {},
+    ),
     "aten.masked_fill.Tensor": lambda d: ([d.normal(2, 3), d.bools(3), d.normal()], {}),
-    "aten.addcmul.default": lambda d: ([d.normal(3), d.normal(3), d.normal(3)], {"value": d.of(1, 0.3)}),
-    "aten.addcdiv.default": lambda d: ([d.normal(3), d.normal(3), d.positive(3)], {"value": d.of(1, 0.3)}),
+    "aten.addcmul.default": lambda d: (
+        [d.normal(3), d.normal(3), d.normal(3)],
+        {"value": d.of(1, 0.3)},
+    ),
+    "aten.addcdiv.default": lambda d: (
+        [d.normal(3), d.normal(3), d.positive(3)],
+        {"value": d.of(1, 0.3)},
+    ),
     "aten.copy.default": lambda d: ([d.normal(2, 3), d.of(d.normal(2, 3), d.integers(3))], {}),
-    "aten.sum.default": lambda d: ([d.of(d.number, d.bools)(*d.shape())], d.of({}, {"dtype": torch.float32})),
+    "aten.sum.default": lambda d: (
+        [d.of(d.number, d.bools)(*d.shape())],
+        d.of({}, {"dtype": torch.float32}),
+    ),
     "aten.sum.dim_IntList": _reduce,
     "aten.mean.default": _unary("normal"),
     "aten.mean.dim": _reduce_float,
@@ -346,38 +402,74 @@ CASES: dict[str, Callable[[Draw], Arguments]] = {
     "aten.squeeze.default": lambda d: ([d.normal(1, 3, 1)], {}),
     "aten.squeeze.dim": lambda d: ([d.normal(1, 3, 1), d.of(0, 1, -1)], {}),
     "aten.squeeze.dims": lambda d: ([d.normal(1, 3, 1), d.of([0], [0, 1, -1])], {}),
-    "aten.slice.Tensor": lambda d: ([d.normal(3, 6), d.of(0, 1, -1), d.of(0, 1, -2), d.of(2, -1, 2**63 - 1), d.of(1, 2)], {}),
-    "aten.slice_scatter.default": lambda d: ([d.normal(2, 6), d.normal(2, 2), 1, d.of(1, -5), 5, 2], {}),
+    "aten.slice.Tensor": lambda d: (
+        [d.normal(3, 6), d.of(0, 1, -1), d.of(0, 1, -2), d.of(2, -1, 2**63 - 1), d.of(1, 2)],
+        {},
+    ),
+    "aten.slice_scatter.default": lambda d: (
+        [d.normal(2, 6), d.normal(2, 2), 1, d.of(1, -5), 5, 2],
+        {},
+    ),
     "aten.select.int": lambda d: ([d.normal(3, 6), d.of(0, -1), d.of(0, -1, 2)], {}),
     "aten.select_scatter.default": lambda d: ([d.normal(3, 6), d.normal(3), 1, d.of(0, -2)], {}),
-    "aten.cat.default": lambda d: ([[d.normal(2, 3), d.normal(2, 3), d.of(d.normal(2, 3), d.normal(0))], d.of(0, -1)], {}),
+    "aten.cat.default": lambda d: (
+        [[d.normal(2, 3), d.normal(2, 3), d.of(d.normal(2, 3), d.normal(0))], d.of(0, -1)],
+        {},
+    ),
     "aten.stack.default": lambda d: ([[d.normal(2, 3), d.normal(2, 3)], d.of(0, 1, -1)], {}),
     "aten.split.Tensor": lambda d: ([d.normal(2, 5), d.of(2, 5), 1], {}),
     "aten.split_with_sizes.default": lambda d: ([d.normal(2, 5), [1, 4], -1], {}),
     "aten.unbind.int": lambda d: ([d.normal(2, 3), d.of(0, 1)], {}),
     "aten.repeat.default": lambda d: ([d.normal(2, 3), d.of([2, 1], [2, 1, 3])], {}),
     "aten.flip.default": lambda d: ([d.normal(2, 3), d.of([0], [0, -1])], {}),
-    "aten.roll.default": lambda d: ([d.normal(2, 3), *d.of(([1], [1]), ([1, -1], [0, 1]), ([2],))], {}),
-    "aten.constant_pad_nd.default": lambda d: ([d.normal(2, 3), d.of([1, 2], [0, 1, 2, 0], [-1, 0]), d.of(0, 1.5)], {}),
+    "aten.roll.default": lambda d: (
+        [d.normal(2, 3), *d.of(([1], [1]), ([1, -1], [0, 1]), ([2],))],
+        {},
+    ),
+    "aten.constant_pad_nd.default": lambda d: (
+        [d.normal(2, 3), d.of([1, 2], [0, 1, 2, 0], [-1, 0]), d.of(0, 1.5)],
+        {},
+    ),
     "aten.tril.default": lambda d: ([d.normal(3, 4), d.of(0, 1, -1)], {}),
     "aten.triu.default": lambda d: ([d.normal(3, 4), d.of(0, 1, -1)], {}),
     "aten.diagonal.default": lambda d: ([d.normal(3, 4), d.of(0, 1)], {}),
-    "aten.full.default": lambda d: ([[2, 3], d.of(1, 0.5)], {"dtype": d.of(torch.float32, torch.bool)}),
-    "aten.full_like.default": lambda d: ([d.number(2, 3), d.of(1, 2)], d.of({}, {"dtype": torch.float32})),
+    "aten.full.default": lambda d: (
+        [[2, 3], d.of(1, 0.5)],
+        {"dtype": d.of(torch.float32, torch.bool)},
+    ),
+    "aten.full_like.default": lambda d: (
+        [d.number(2, 3), d.of(1, 2)],
+        d.of({}, {"dtype": torch.float32}),
+    ),
     "aten.zeros.default": lambda d: ([[2, 3]], d.of({}, {"dtype": torch.int64})),
     "aten.zeros_like.default": _unary("number"),
     "aten.ones_like.default": _unary("number"),
     "aten.new_zeros.default": lambda d: ([d.number(2), [3, 1]], {}),
-    "aten.scalar_tensor.default": lambda d: ([d.of(2, 0.5)], {"dtype": d.of(torch.float32, torch.int64)}),
-    "aten.arange.start_step": lambda d: ([d.of(0, 3), 10, d.of(1, 4)], {"dtype": d.of(torch.int64, torch.float32)}),
+    "aten.scalar_tensor.default": lambda d: (
+        [d.of(2, 0.5)],
+        {"dtype": d.of(torch.float32, torch.int64)},
+    ),
+    "aten.arange.start_step": lambda d: (
+        [d.of(0, 3), 10, d.of(1, 4)],
+        {"dtype": d.of(torch.int64, torch.float32)},
+    ),
     "aten.gather.default": lambda d: (list(_index_rows(d, rows=d.of(3, 600))), {}),
     "aten.scatter.value": _scatter_with("value"),
     "aten.scatter.src": _scatter_with("src"),
     "aten.scatter_add.default": _scatter_add,
-    "aten.index_select.default": lambda d: ([d.normal(4, 3), d.of(0, 1), d.integers(2, low=0, high=3)], {}),
-    "aten.embedding.default": lambda d: ([d.normal(4, 3), d.integers(*d.of((2,), (2, 5)), low=0, high=4)], {}),
+    "aten.index_select.default": lambda d: (
+        [d.normal(4, 3), d.of(0, 1), d.integers(2, low=0, high=3)],
+        {},
+    ),
+    "aten.embedding.default": lambda d: (
+        [d.normal(4, 3), d.integers(*d.of((2,), (2, 5)), low=0, high=4)],
+        {},
+    ),
     "aten.embedding_dense_backward.default": _embedding_gradient,
-    "aten.index.Tensor": lambda d: ([d.normal(4, 3), d.of([d.integers(2, low=-4, high=4)], [None, torch.tensor([1, -1])])], {}),
+    "aten.index.Tensor": lambda d: (
+        [d.normal(4, 3), d.of([d.integers(2, low=-4, high=4)], [None, torch.tensor([1, -1])])],
+        {},
+    ),
     "aten._unsafe_index.Tensor": lambda d: ([d.normal(4, 3), [d.integers(2, low=0, high=4)]], {}),
     "aten.index_put.default": lambda d: _put(d, accumulate=d.of(True, False)),
     "aten._unsafe_index_put.default": lambda d: _put(d, accumulate=d.of(True, False)),
@@ -400,7 +492,7 @@ CASES: dict[str, Callable[[Draw], Arguments]] = {
     "aten._native_batch_norm_legit.no_stats": _batch_norm_without_stats,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.native_group_norm.default": _group_norm,
-}  # fmt: skip
+}
 UNDEFINED = {"aten.empty.memory_format", "aten.empty_permuted.default"}
 """Their values are not defined; only what never reads them may use them."""
 
@@ -490,7 +582,7 @@ COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
     "unfold": lambda x: F.unfold(x, 2),
     "in place": lambda x: x.clone().mul_(2).add_(1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMPOSED)

@@ -15,7 +15,7 @@ from rightbatch.workload import Examples
 MAX_SET_BYTES = 512 * 2**20
 """A larger set is not copied to the device."""
 _COMPARED = 5
-"""Examples fetched a second time, to see that a batch is made of the same rows."""
+"""Examples fetched a second time, alone, to see that a batch is made of the same rows."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,23 +55,24 @@ def collate_all(examples: Examples) -> WholeSet:
             (padding to the longest of a batch, random augmentation).
     """
     count = examples.num_examples
-    probe = torch.arange(min(_COMPARED, count))
+    compared = torch.linspace(0, count - 1, min(_COMPARED, count)).long()
     with torch.random.fork_rng():
-        few, spec = _flatten(examples.batch(probe))
-        total_bytes = sum(t.nbytes for t in few) * count // len(probe)
+        # One by one, because padding shows where a batch is shorter than the longest example.
+        singles = [_flatten(examples.batch(index.reshape(1))) for index in compared]
+        total_bytes = count * max(sum(t.nbytes for t in leaves) for leaves, _ in singles)
         if total_bytes > MAX_SET_BYTES:
             raise Unsupported(
                 f"the data take about {total_bytes / 2**20:.0f} MiB and the compiled engine "
                 f"keeps at most {MAX_SET_BYTES // 2**20} MiB on the device"
             )
-        leaves, all_spec = _flatten(examples.batch(torch.arange(count)))
-        again, _ = _flatten(examples.batch(probe))
-    rows_match = all_spec == spec and all(
-        whole.ndim > 0 and whole.shape[0] == count and _same(whole[: len(probe)], a, b)
-        for whole, a, b in zip(leaves, few, again, strict=True)
-    )
-    if not rows_match:
-        raise Unsupported("the batches are not rows of fixed tensors (padded or random examples)")
+        leaves, spec = _flatten(examples.batch(torch.arange(count)))
+    for index, (single, single_spec) in zip(compared.tolist(), singles, strict=True):
+        rows = [whole[index : index + 1] for whole in leaves if whole.shape[:1] == (count,)]
+        same = single_spec == spec and len(rows) == len(single) == len(leaves)
+        if not same or not all(map(_equal, rows, single)):
+            raise Unsupported(
+                "the batches are not rows of fixed tensors (padded or random examples)"
+            )
     return WholeSet(leaves=tuple(leaves), spec=spec, num_examples=count)
 
 
@@ -83,8 +84,9 @@ def _flatten(batch: Any) -> tuple[list[Tensor], Any]:
     return [leaf.detach() for leaf in leaves], spec
 
 
-def _same(whole: Tensor, *others: Tensor) -> bool:
-    return all(
-        whole.shape == other.shape and torch.allclose(whole, other, rtol=0, atol=0, equal_nan=True)
-        for other in others
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return (
+        x.shape == y.shape
+        and x.dtype == y.dtype
+        and torch.allclose(x, y, rtol=0, atol=0, equal_nan=x.is_floating_point())
     )
