@@ -86,7 +86,9 @@ def test_a_difference_that_may_be_none_is_said_to_be_within_the_doubt(plan: Plan
 
 def test_the_baseline_itself_is_said_to_be_the_answer(plan: Plan) -> None:
     text = answer(choosing(plan, 32, None))
-    assert text.startswith("Train with batch 32 at learning rate 0.512, the baseline itself: none")
+    assert text.startswith(
+        "Train with batch 32 at learning rate 0.512, the baseline itself: none of"
+    )
 
 
 def test_without_a_race_nothing_is_claimed_to_be_faster(plan: Plan) -> None:

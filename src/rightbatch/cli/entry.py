@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _signals_raise(interruption):
         code = _run(arguments)
     # A command that was interrupted may still have printed what it had, and ended well.
+    if interruption.exit_code and code == 0:
+        _say("Interrupted; the answer is the best that was known by then.")
     return interruption.exit_code or code
 
 

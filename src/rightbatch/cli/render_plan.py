@@ -62,7 +62,7 @@ def _gain(plan: Plan) -> str:
     batch = race.baseline.global_batch
     advantage = advantage_of(plan)
     if advantage is None or advantage.value is None:
-        return f", the baseline itself: none of the {_count_runs(race)} other runs was better"
+        return f", the baseline itself: none of {_count_others(race)} others tried was better"
     number = f"{_about(advantage.value)} ({_interval(advantage)})"
     goal = f"to {_target_text(plan, race)}"
     text = {
@@ -126,16 +126,23 @@ def _near_best(plan: Plan) -> str:
 
 def _rests_on(plan: Plan) -> str:
     race = plan.evidence.race
+    probes = "three probes" if plan.evidence.memory is None else "four probes"
     if race is None:
-        return "It rests on four probes; nothing was trained."
+        return f"It rests on {probes}; nothing was trained."
     return (
-        f"It rests on four probes, one training with batch {race.baseline.global_batch} and "
+        f"It rests on {probes}, one training with batch {race.baseline.global_batch} and "
         f"{_count_runs(race)} shorter or competing runs."
     )
 
 
 def _count_runs(race: RaceRecord) -> int:
     return len([t for t in _begun(race) if t.kind in {"branch", "run"}])
+
+
+def _count_others(race: RaceRecord) -> int:
+    """Pairs of batch and learning rate, other than the baseline's, that were run."""
+    cells = {(t.global_batch, t.learning_rate) for t in _begun(race) if t.kind in {"branch", "run"}}
+    return len(cells - {(race.baseline.global_batch, race.baseline.learning_rate)})
 
 
 def _begun(race: RaceRecord) -> list[TrialRecord]:
