@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from benchmarks.regret.running import (
     examples_of,
     run_cells,
     run_recipe,
+    run_to_target,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rightbatch import catalog
 from rightbatch.catalog.quadratic import NUM_TRAIN, constants
+from rightbatch.engines import CopiesEvaluation
 from rightbatch.recipe import Recipe
 from rightbatch.workload.target import parse_target
 
@@ -49,6 +52,40 @@ def test_full_batch_descent_arrives_where_the_formula_says(learning_rate: float)
     assert arrival.steps_to_target is not None
     # Beyond 15 steps evaluations are more than one step apart, and the curve is not quite straight.
     assert arrival.steps_to_target == pytest.approx(expected, rel=1e-3 if expected < 28 else 0.01)
+
+
+class PlantedRuns:
+    """Runs whose loss is 4·exp(−rate·step); those with a rate of NaN have diverged."""
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = np.array(rates)
+        self.steps = 0
+
+    def advance(self, num_steps: int) -> None:
+        self.steps += num_steps
+
+    def evaluate(self) -> CopiesEvaluation:
+        loss = 4 * np.exp(-self.rates * self.steps)
+        diverged = np.isnan(self.rates)
+        return CopiesEvaluation(
+            train_loss=loss, val_loss=loss, val_metric=None, diverged=diverged & (self.steps > 0)
+        )
+
+    def keep(self, mask: Any) -> None:
+        self.rates = self.rates[mask]
+
+
+@given(rates=st.lists(st.floats(0.001, 0.7) | st.just(math.nan), min_size=1, max_size=12))
+def test_each_run_arrives_at_its_own_time_whoever_is_retired_before(rates: list[float]) -> None:
+    limit = 300
+    arrivals = run_to_target(PlantedRuns(rates), TARGET, len(rates), lambda _: limit)
+    for rate, arrival in zip(rates, arrivals, strict=True):
+        if math.isnan(rate):
+            assert (arrival.state, arrival.steps_run) == ("diverged", 1)
+        elif math.log(2) / rate > limit:
+            assert (arrival.state, arrival.steps_run) == ("censored", limit)
+        else:
+            assert arrival.steps_to_target == pytest.approx(math.log(2) / rate, rel=1e-9)
 
 
 def test_a_group_answers_as_each_run_alone() -> None:
