@@ -89,4 +89,4 @@ def make_loss_curve(progress: Array, losses: Array) -> LossCurve:
     )
     if degree == 1:
         parabola = np.concatenate([[0.0], parabola])
-    return LossCurve(ln_progress, falling, parabola)
+    return LossCurve(ln_progress, np.asarray(falling, dtype=np.float64), parabola)

@@ -71,7 +71,11 @@ class Outlook:
 
     def index(self, cell: Cell) -> int:
         """Where a cell stands in the lattice."""
-        return self.cells.index(cell)
+        for i, other in enumerate(self.cells):
+            same_rate = math.isclose(other.learning_rate, cell.learning_rate, rel_tol=1e-9)
+            if other.global_batch == cell.global_batch and same_rate:
+                return i
+        raise ValueError(f"{cell} is not in the lattice.")
 
     def steps_to_target(self, cell: Cell) -> float:
         """Median of the predicted steps."""
@@ -149,6 +153,13 @@ def _vary_between_seeds(draws: Array, seed: int) -> Array:
 
     What was seen on one seed holds for the next only nearly; next to the cliff that is the
     difference between the best and never. Decisions are about fresh seeds.
+
+    Args:
+        draws: Parameters, shape (draws, 8).
+        seed: Of the variation.
+
+    Returns:
+        Parameters, shape (draws, 8).
     """
     rng = np.random.default_rng((seed, 1))
     varied = draws.copy()

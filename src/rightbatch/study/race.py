@@ -80,7 +80,7 @@ class RaceSettings:
     max_baseline_examples: int
     max_share: float = 4.8
     spent_examples: int = 0
-    branch_share: float = 0.8
+    branch_share: float = 0.7
     num_runs: int = 2
     seconds: float | None = None
 
@@ -101,6 +101,7 @@ class _Trial:
     steps: int = 0
     progress: float = 0.0
     state: State = "stopped"
+    first_met: int | None = None
     steps_to_target: int | None = None
     points: list[TrialPoint] = field(default_factory=list[TrialPoint])
 
@@ -122,6 +123,7 @@ class _Checkpoint:
 _WORTH_DOUBLING = 0.35
 """e-folds of progress that the noise of a doubled learning rate may cost: half of what it saves,
 since noise goes on growing for a while."""
+_MOST_ALLOWANCE = 1.5
 _FINALS_SEED = 7919
 _MOST_FALLS = 3
 """How often the baseline may diverge before it is given up."""
@@ -178,6 +180,7 @@ class Race:
         self._examples = 0
         self._looks = 0
         self._stopped_by = "done"
+        self._cached: tuple[object, Outlook] | None = None
 
     # ---- what is known -------------------------------------------------------------------------
 
@@ -229,10 +232,17 @@ class Race:
         )
 
     def _outlook(self) -> Outlook:
+        """What the runs say by now; computed again only when one of them has gone on."""
         assert self._target_loss is not None  # the ladder and the baseline come first
+        seen = tuple((t.state, len(t.points)) for t in self._trials if t.points)
+        if self._cached is None or self._cached[0] != seen:
+            self._cached = (seen, self._conclude(self._target_loss))
+        return self._cached[1]
+
+    def _conclude(self, target_loss: float) -> Outlook:
         return conclude(
             self._records(),
-            target_loss=self._target_loss,
+            target_loss=target_loss,
             normalised=self._normalised,
             sizes=self._sizes,
             price=self._price,
@@ -281,7 +291,13 @@ class Race:
         if not finite or look.loss > 1.5 * self._initial_loss:
             trial.state = "diverged"
         elif trial.kind in {"baseline", "run"} and self._arrived(look):
-            trial.state, trial.steps_to_target = "reached", trial.steps
+            # Twice in a row: a noisy loss dips below the target by luck long before it stays there.
+            if trial.first_met is None:
+                trial.first_met = trial.steps
+            else:
+                trial.state, trial.steps_to_target = "reached", trial.first_met
+        else:
+            trial.first_met = None
         trial.points.append(
             TrialPoint(
                 steps=trial.steps, progress=trial.progress, loss=look.loss if finite else None
@@ -439,7 +455,7 @@ class Race:
                 chosen = doubled
         if doubled.state == "reached" and same.state != "reached":
             chosen = doubled
-        for name in ("cell", "contestant", "steps", "progress", "points", "state"):
+        for name in ("cell", "contestant", "steps", "progress", "points", "state", "first_met"):
             setattr(trial, name, getattr(chosen, name))
         trial.steps_to_target = chosen.steps_to_target
         self._keep_checkpoint(trial)
@@ -508,9 +524,10 @@ class Race:
     # ---- 4. fresh runs -------------------------------------------------------------------------
 
     def _run_finals(self) -> None:
+        self._allow_for_a_lucky_baseline()
         outlook = self._outlook()
         finalists = [self._start(cell) for cell in outlook.portfolio(self._settings.num_runs)]
-        for share in (0.22, 0.45):
+        for share in (0.25,):
             outlook = self._outlook()
             best = outlook.best([t.cell for t in finalists])
             cost = outlook.steps_to_target(best) * self._price(best.global_batch) * share
@@ -519,8 +536,22 @@ class Race:
             outlook = self._outlook()
             alive = [t for t in finalists if not t.dead]
             alive.sort(key=lambda t: float(outlook.expected[outlook.index(t.cell)]))
-            finalists = alive[: max(1, len(finalists) - 1)] or [self._start(outlook.best())]
+            finalists = alive[: max(1, len(finalists) - 1)] or [self._start(self._best_untried())]
         self._finish(finalists)
+
+    def _allow_for_a_lucky_baseline(self) -> None:
+        """Measures the budget in trainings at one learning rate, as a user would run them.
+
+        The baseline's learning rate was changed on the way; that can make it quicker than any
+        training at its batch with a constant one.
+        """
+        outlook, batch = self._outlook(), self._settings.baseline_batch
+        at_baseline = [c for c in outlook.cells if c.global_batch == batch]
+        one_run = batch * outlook.steps_to_target(outlook.best(at_baseline))
+        allowed = self._settings.max_share * one_run - self._settings.spent_examples
+        self._max_examples = min(
+            max(self._max_examples, allowed), _MOST_ALLOWANCE * self._max_examples
+        )
 
     def _start(self, cell: Cell) -> _Trial:
         # Another seed than the baseline's: a learning rate next to the cliff should not pass
@@ -547,7 +578,7 @@ class Race:
             waiting.sort(key=lambda t: float(outlook.expected[outlook.index(t.cell)]))
             trial = waiting[0]
             expected = outlook.steps_to_target(trial.cell)
-            self._go(trial, max(trial.steps + 2, round(1.15 * trial.steps)))
+            self._go(trial, max(trial.steps + 2, round(1.08 * trial.steps)))
             late = trial.steps > 1.5 * expected and trial.steps > 8
             if trial.state != "stopped" or late:
                 waiting.remove(trial)
@@ -560,7 +591,10 @@ class Race:
         """The most promising cell that no fresh run has tried."""
         outlook = self._outlook()
         tried = {t.cell for t in self._trials if t.kind == "run"}
-        return outlook.best([cell for cell in outlook.cells if cell not in tried])
+        untried = [cell for cell in outlook.cells if cell not in tried]
+        if not untried:
+            raise _OutOfBudgetError("done")
+        return outlook.best(untried)
 
     def _still_promises(self, trial: _Trial, reached: _Trial) -> bool:
         """Whether a waiting run is expected to beat the one that arrived, and can be afforded."""
@@ -592,24 +626,29 @@ def _log_slope(points: Sequence[TrialPoint]) -> float:
     return max(0.05, -float(np.polyfit(x, y, 1)[0]))
 
 
-def contenders(record: RaceRecord, *, least_share: float = 0.35) -> list[Cell]:
+def contenders(record: RaceRecord, *, least_share: float = 0.25) -> list[Cell]:
     """The cells that may be chosen: the baseline's, and those whose fresh run arrived.
 
-    Where the budget ended the race before any fresh run arrived, those that had at least
-    `least_share` of the baseline's examples behind them: they were run, and the law knows them.
+    Where the budget ended the race before any fresh run arrived, those that had come far: to a
+    loss that the baseline had after `least_share` of its way to the target.
 
     Args:
         record: The race.
-        least_share: Share of the baseline's examples that a run must have done.
+        least_share: Share of the baseline's progress.
 
     Returns:
         Cells, the baseline's first.
     """
+    baseline = record.baseline
     runs = [t for t in record.trials if t.kind == "run"]
     arrived = [t for t in runs if t.state == "reached"]
-    least = least_share * record.baseline.examples
-    unfinished = [t for t in runs if t.state == "stopped" and t.examples >= least]
+    total = baseline.points[-1].progress
+    before = [p.loss for p in baseline.points if p.loss and p.progress <= least_share * total]
+    far = min(before, default=math.inf)
+    unfinished = [
+        t for t in runs if t.state == "stopped" and t.points and (t.points[-1].loss or far) < far
+    ]
     return [
         Cell(global_batch=t.global_batch, learning_rate=t.learning_rate)
-        for t in [record.baseline, *(arrived or unfinished)]
+        for t in [baseline, *(arrived or unfinished)]
     ]
