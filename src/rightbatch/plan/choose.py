@@ -417,12 +417,11 @@ def _other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Rea
     memory = evidence.memory
     if memory is None:
         why, source = "Memory was not measured; one micro-batch is the whole batch.", "default"
-    elif ceiling >= evidence.setting.num_examples:
-        why = f"All {ceiling:,} examples fit in memory at once, and were run."
-        source = "memory probe"
     else:
         free = memory.ceiling.headroom_bytes / 2**20
-        why = f"At most {ceiling:,} examples fit, run with {free:,.0f} MiB to spare."
+        most = "All" if ceiling >= evidence.setting.num_examples else f"{ceiling:,}"
+        more = "" if memory.ceiling.smallest_failed else "; more was not tried"
+        why = f"{most} examples at once were run with {free:,.0f} MiB to spare{more}."
         source = "memory probe"
     deviation = "" if split.exact else f" {split}"
     return [

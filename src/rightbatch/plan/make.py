@@ -43,8 +43,11 @@ from rightbatch.workload import Workload, check_workload
 
 Progress = Callable[..., None]
 DEFAULT_BUDGET = "2min"
-_FEWEST_TIMED = 6000
-"""Timed examples cost as much as trained ones; large sizes are left to the law beyond this or N."""
+_WANTED_MICRO_BATCH = {"cpu": 512, "gpu": 4096}
+"""Micro-batches beyond this are not tried: throughput has stopped growing, and larger global
+batches accumulate. `measure_memory` finds the true ceiling."""
+_FEWEST_TIMED = 4000
+"""Timed examples cost as much as trained ones; repeats beyond this or N/2 are left out."""
 MOST_EPOCHS = 100
 """The baseline gives up on the target after this many epochs when no budget ends it before."""
 EPOCHS_WITHOUT_TARGET = 10.0
@@ -198,14 +201,15 @@ def _probe(
         optimizer = workload.make_optimizer(workload.build_model(seed, device).parameters(), 1.0)
     say("memory: how many examples fit at once")
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    memory = measure_memory(workload, device=device, memory_limit=limit)
+    wanted = min(_WANTED_MICRO_BATCH["cpu" if device == "cpu" else "gpu"], workload.num_examples)
+    memory = measure_memory(workload, device=device, memory_limit=limit, max_micro_batch=wanted)
     ceiling = memory.ceiling.micro_batch
     say("throughput: seconds per step at each size")
     throughput = measure_throughput(
         workload,
         device=device,
-        max_micro_batch=ceiling,
-        max_examples=max(_FEWEST_TIMED, workload.num_examples),
+        micro_batches=sorted({4**k for k in range(12) if 4**k <= ceiling} | {ceiling}),
+        max_examples=max(_FEWEST_TIMED, workload.num_examples // 2),
         seed=seed,
     )
     say("noise: how much examples disagree on the gradient")
