@@ -3,6 +3,7 @@
     python benchmarks/regret.py truth [WORKLOAD …]     measure the grids (resumable)
     python benchmarks/regret.py score [WORKLOAD …]     let everyone choose, and run their choices
     python benchmarks/regret.py table                  write results/regret.md
+    python benchmarks/regret.py                        all three, for the catalog
 
 README.md in this folder says how it is done and what was left out.
 """
@@ -27,31 +28,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Of the command line.
 
     Returns:
-        0.
+        0, or the exit code of what went wrong.
     """
     options = _parse(arguments)
     _use_one_core()
     import torch
 
+    from rightbatch.errors import RightbatchError
+
     torch.set_num_threads(1)
-    return {"truth": _truth, "score": _score, "table": _table}[options.command](options)
+    try:
+        options.run(options)
+    except RightbatchError as error:
+        _say(str(error))
+        return error.exit_code
+    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.set_defaults(run=_everything)
+    commands = parser.add_subparsers()
     truth = commands.add_parser("truth", help="measure the grids")
-    score = commands.add_parser("score", help="choose and run the choices")
-    commands.add_parser("table", help="write the table")
-    for command in (truth, score):
-        command.add_argument("workloads", nargs="*", help="names, or path/to/file.py:name")
+    truth.set_defaults(run=_truth)
     truth.add_argument("--thrifty", action="store_true", help="the shorter grid, for dear models")
-    truth.add_argument("--first-batch", type=int, default=1, help="the smallest of the grid")
-    truth.add_argument("--num-seeds", type=int, default=6, help="seeds of the grid")
+    truth.add_argument("--first-batch", type=int, help="the smallest of the grid; default: 1")
+    truth.add_argument("--num-seeds", type=int, help="seeds of the grid; default: 6")
+    score = commands.add_parser("score", help="choose and run the choices")
+    score.set_defaults(run=_score)
     score.add_argument("--rows", help="comma-separated; default: all")
     score.add_argument("--seeds", type=int, default=2, help="times that a method chooses")
     score.add_argument("--fresh", type=int, default=6, help="fresh seeds that a choice is run on")
     score.add_argument("--again", action="store_true", help="forget what these rows chose before")
+    commands.add_parser("table", help="write the table").set_defaults(run=_table)
+    for command in (truth, score):
+        command.add_argument("workloads", nargs="*", help="names, or path/to/file.py:name")
     return parser.parse_args(arguments)
 
 
@@ -67,18 +78,20 @@ def _workloads(names: Sequence[str]) -> list[Any]:
     return [catalog.load_workload(name) for name in names or catalog.names()]
 
 
-def _truth(options: argparse.Namespace) -> int:
+def _truth(options: argparse.Namespace) -> None:
     from regret.grid import Settings
     from regret.truth import measure_truth
 
-    make = Settings.thrifty if options.thrifty else Settings
-    settings = make(seeds=tuple(range(options.num_seeds)), first_batch=options.first_batch)
+    settings = None  # as before, where there is a grid already
+    if options.thrifty or options.first_batch or options.num_seeds:
+        make = Settings.thrifty if options.thrifty else Settings
+        seeds = tuple(range(options.num_seeds or 6))
+        settings = make(seeds=seeds, first_batch=options.first_batch or 1)
     for workload in _workloads(options.workloads):
         measure_truth(workload, settings, _say)
-    return 0
 
 
-def _score(options: argparse.Namespace) -> int:
+def _score(options: argparse.Namespace) -> None:
     from regret.score import score_workload
 
     rows = None if options.rows is None else options.rows.split(",")
@@ -91,14 +104,18 @@ def _score(options: argparse.Namespace) -> int:
             again=options.again,
             say=_say,
         )
-    return 0
 
 
-def _table(options: argparse.Namespace) -> int:
+def _table(options: argparse.Namespace) -> None:
     from regret.table import write_table
 
-    _say(f"Wrote {write_table()}")
-    return 0
+    _say(f"Wrote {write_table(say=_say)}")
+
+
+def _everything(options: argparse.Namespace) -> None:
+    for command in ("truth", "score", "table"):
+        later = _parse([command])
+        later.run(later)
 
 
 def _say(text: str) -> None:

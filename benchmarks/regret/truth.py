@@ -182,12 +182,14 @@ def load_truth(name: str) -> Truth | None:
     return TypeAdapter(Truth).validate_python(content)
 
 
-def measure_truth(workload: Workload, settings: Settings, say: Callable[[str], None]) -> Truth:
+def measure_truth(
+    workload: Workload, settings: Settings | None, say: Callable[[str], None]
+) -> Truth:
     """Measures a workload's grid, or what is missing of the cached one.
 
     Args:
         workload: With a target.
-        settings: How exhaustive.
+        settings: How exhaustive. None: as the cached grid, or fully.
         say: Told what was run.
 
     Returns:
@@ -197,6 +199,7 @@ def measure_truth(workload: Workload, settings: Settings, say: Callable[[str], N
         UsageError: If the cached grid is of another workload or target.
     """
     cached = load_truth(workload.name)
+    settings = settings or (cached.settings if cached else Settings())
     truth = replace(cached or _start(workload, settings), settings=settings)
     save_truth(truth)
     check_truth(truth, workload)
@@ -215,8 +218,9 @@ def measure_truth(workload: Workload, settings: Settings, say: Callable[[str], N
 
     batches = batches_outward(workload.num_examples, settings.first_batch)
     notes = explore(grid, batches, run_row, SCOUT)
-    if settings.first_batch > 1:
-        notes.append(f"Batches below {settings.first_batch} were not run.")
+    smallest = min(cell.global_batch for cell in grid.cells)
+    if smallest > 1:
+        notes.append(f"Batches below {smallest} were not run.")
     truth = replace(truth, notes=tuple(notes))
     save_truth(truth)
     return truth
