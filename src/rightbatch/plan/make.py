@@ -213,11 +213,14 @@ def _probe(
         seed=seed,
     )
     say("noise: how much examples disagree on the gradient")
+    # A race measures what these two predict; with one to follow they need not be as sure.
+    thorough = asked.effort == "probe"
     noise = measure_noise_scale(
         workload,
         device=device,
         seed=seed,
-        max_examples=1024,
+        max_examples=2048 if thorough else 512,
+        trajectory_steps=(0, 4, 16, 64) if thorough else (0, 32),
         micro_batch=min(ceiling, BASELINE_BATCH),
     )
     say("learning rate: range test")
@@ -226,8 +229,9 @@ def _probe(
         workload,
         global_batch=batch,
         max_micro_batch=ceiling,
-        seeds=3 if asked.effort == "probe" else 1,
-        num_steps=100 if asked.effort == "probe" else 60,
+        seeds=3 if thorough else 1,
+        num_steps=100 if thorough else 80,
+        lr_min=1e-6 if thorough else 1e-5,
         device=device,
         seed=seed,
     )

@@ -124,6 +124,7 @@ _WORTH_DOUBLING = 0.35
 """e-folds of progress that the noise of a doubled learning rate may cost: half of what it saves,
 since noise goes on growing for a while."""
 _MOST_ALLOWANCE = 1.5
+_FEWEST_RUNS = 2.2
 _FINALS_SEED = 7919
 _MOST_FALLS = 3
 """How often the baseline may diverge before it is given up."""
@@ -467,9 +468,9 @@ class Race:
             raise _OutOfBudgetError("diverged")
         self._target_reached = trial.state == "reached"
         run_examples = trial.steps * trial.cell.global_batch
-        # The probes and the baseline are paid for; at least one more run must be affordable.
+        # The probes and the baseline are paid for; branches and one more run must be affordable.
         allowed = self._settings.max_share * run_examples - self._settings.spent_examples
-        self._max_examples = max(allowed, self._examples + 1.5 * run_examples)
+        self._max_examples = max(allowed, self._examples + _FEWEST_RUNS * run_examples)
         reached_loss = math.exp(float(np.mean(np.log(tail))))
         asked = self._asked_loss if self._target_reached else None
         self._target_loss = asked if asked is not None else reached_loss
