@@ -21,6 +21,7 @@ from rightbatch.engines import Copies, make_copies
 from rightbatch.engines import compiler as compiler_module
 from rightbatch.engines import make as make_module
 from rightbatch.errors import MissingExtraError, RecipeError, UsageError
+from rightbatch.training import epoch_order
 
 Params = Iterable[nn.Parameter]
 Make = Callable[..., torch.optim.Optimizer]
@@ -274,6 +275,27 @@ def _assert_same_weights_of_first(ours: Copies, theirs: Copies) -> None:
     for copies in (ours, theirs):
         copies.keep([True, False, False])
     _assert_same_weights(ours, theirs)
+
+
+def test_one_exploding_batch_is_enough_to_have_diverged() -> None:
+    values = torch.tensor([1e9, 1.0, 1.0, 1.0])
+    workload = Workload(
+        name="one outlier",
+        make_model=lambda: nn.Linear(1, 1),
+        train_data=(values,),
+        compute_loss=lambda model, batch: (0 * model(batch[0][:, None]).sum() + batch[0].sum(), 1),
+    )
+    # An epoch of four steps; seed 0 meets the outlier neither first nor last.
+    place = epoch_order(4, seed=0, epoch=0).tolist().index(0)
+    assert 0 < place < 3
+    ours, theirs = _both(workload, global_batch=1, learning_rates=[0.1], seeds=[0])
+    for copies in (ours, theirs):
+        copies.advance(place)
+        assert not copies.evaluate().diverged[0]
+        copies.advance(4 - place)
+        assert copies.evaluate().diverged[0]
+        copies.advance(1)
+        assert copies.evaluate().diverged[0]
 
 
 def test_an_explosion_that_stays_finite_counts_from_ten_thousand_times_the_first_loss() -> None:

@@ -543,6 +543,27 @@ def test_a_lowering_computes_what_torch_computes(name: str, data: st.DataObject)
             _assert_close(our, their, 2e-5)
 
 
+@pytest.mark.parametrize("op", ["sum.dim_IntList", "mean.dim", "amax.default", "amin.default"])
+def test_an_empty_list_of_dimensions_means_all(op: str) -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    for keepdim in (False, True):
+        ours = LOWERINGS[f"aten.{op}"](to_jax(x), [], keepdim)
+        _assert_close(ours, _operation(f"aten.{op}")(x, [], keepdim), 1e-6)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 0.0])
+def test_max_pooling_of_nan_infinities_and_ties(value: float, padding: int) -> None:
+    x = torch.zeros(1, 1, 4, 4)
+    x[0, 0, 1, 1] = value
+    x[0, 0, :, 3] = -math.inf
+    options = ([2, 2], [2, 2], [padding, padding])
+    ours = LOWERINGS["aten.max_pool2d_with_indices.default"](to_jax(x), *options)
+    theirs = torch.ops.aten.max_pool2d_with_indices.default(x, *options)
+    for our, their in zip(ours, theirs, strict=True):
+        _assert_close(our, their, 0)
+
+
 def _gradient_of(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.arange(1.0, 1.0 + function(x).numel()).reshape(function(x).shape).sin()
