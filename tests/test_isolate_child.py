@@ -135,6 +135,17 @@ def test_a_kill_by_the_kernel_is_oom(child, monkeypatch):
     assert result.verdict == "oom"
 
 
+def test_an_ambiguous_error_is_memory_only_where_none_was_left(child):
+    def fail(_shared, num_bytes):
+        hoard = torch.ones(num_bytes // 4)
+        raise RuntimeError(f"could not execute a primitive {len(hoard)}"[:29])
+
+    result = child.run(fail, 4 * MIB)
+    assert (result.verdict, result.perhaps_memory) == ("error", True)
+    room = 700 * MIB - result.peak_bytes
+    assert child.run(fail, room - 8 * MIB).verdict == "oom"
+
+
 def test_sys_exit_is_an_error_of_the_function(child):
     result = child.run(lambda _shared: sys.exit("enough"))
     assert (result.verdict, result.error_type, result.message) == ("error", "SystemExit", "enough")

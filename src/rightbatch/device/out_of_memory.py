@@ -44,7 +44,6 @@ _AMBIGUOUS = re.compile(
     r"can't start new thread|Resource temporarily unavailable|failed to map segment"
     r"|could not (create|execute) a (primitive|memory|stream|engine)",
 )
-_NO_ROOM_BYTES = 64 << 20  # a thread's stack is 8 MiB; a scratchpad may be larger
 _LAST_WORDS = re.compile(
     rf"{_RUNTIME_WORDINGS.pattern}|\bMemoryError\b|Memory allocation (still )?failed"
     r"|failed to map segment from shared object",
@@ -101,27 +100,26 @@ def last_words_mean_out_of_memory(text: str) -> bool:
     return _LAST_WORDS.search(text) is not None
 
 
-def is_starvation(exception: BaseException, room_bytes: int) -> bool:
-    """Whether an exception that may have several causes was caused by lack of memory.
+def may_be_starvation(exception: BaseException) -> bool:
+    """Whether lack of memory is one of several things that an exception may mean.
 
     A thread that cannot start, a library that cannot be mapped or a oneDNN primitive that cannot
-    be created say only that something could not be done. They mean memory when next to none was
-    left.
+    be created say only that something could not be done. Whether memory was the reason shows in
+    how much was left, or in another run with more.
 
     Args:
         exception: What was raised.
-        room_bytes: What was left below the limit.
 
     Returns:
-        True if memory ran out.
+        True if it may have been memory.
 
     Example:
-        >>> is_starvation(RuntimeError("can't start new thread"), 1 << 20)
+        >>> may_be_starvation(RuntimeError("could not execute a primitive"))
         True
-        >>> is_starvation(RuntimeError("can't start new thread"), 1 << 30)
+        >>> may_be_starvation(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
         False
     """
-    return room_bytes < _NO_ROOM_BYTES and _AMBIGUOUS.search(str(exception)) is not None
+    return _AMBIGUOUS.search(str(exception)) is not None
 
 
 def _says_so(exception: BaseException) -> bool:

@@ -25,6 +25,7 @@ DEFAULT_TIMEOUT_SECONDS = 600.0
 RESERVE = 0.05
 """Share of the available memory that a child without a given limit leaves alone."""
 _NEARLY_ALL = 0.9
+_NO_ROOM_BYTES = 32 << 20  # a thread's stack is 8 MiB, a oneDNN scratchpad may be larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class ChildResult:
             `timeout` (too slow, or standing still) or `killed` (the process died otherwise).
         value: What the function returned, or None.
         message: What went wrong; empty when it returned.
+        perhaps_memory: Whether exhausted memory is among what may have caused a failure; of an
+            `error` or a `killed` only another run with more memory can tell.
         error_type: Name of the exception's class, or empty.
         traceback: The exception's traceback as text, or the end of what the child printed.
         peak_bytes: The most memory the child had, its libraries and data included; None when it
@@ -47,6 +50,7 @@ class ChildResult:
     verdict: Verdict
     value: Any = None
     message: str = ""
+    perhaps_memory: bool = False
     error_type: str = ""
     traceback: str = ""
     peak_bytes: int | None = None
@@ -222,6 +226,8 @@ def _read_outcome(
         peak = max(fields.get("peak_bytes", 0), outcome.peak_data_bytes)
         # What was returned stayed below the fence; the look from outside counts the stack too.
         fields["peak_bytes"] = min(peak, watch.limit_bytes) if fields["verdict"] == "fits" else peak
+        if fields.get("perhaps_memory") and peak > watch.limit_bytes - _NO_ROOM_BYTES:
+            fields["verdict"] = "oom"
     return ChildResult(
         value=load(value) if value else None, limit_bytes=watch.limit_bytes, **fields
     )
@@ -246,6 +252,7 @@ def _hold_inquest(
     return ChildResult(
         verdict=verdict,
         message=f"The child process died {how}.",
+        perhaps_memory=True,
         traceback=log,
         peak_bytes=peak or None,
         limit_bytes=watch.limit_bytes,

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from rightbatch.device import memory
-from rightbatch.device.out_of_memory import is_out_of_memory, is_starvation
+from rightbatch.device.out_of_memory import is_out_of_memory, may_be_starvation
 from rightbatch.isolate.transport import dump, load, read_message, write_message
 
 _PR_SET_PDEATHSIG = 1
@@ -202,8 +202,7 @@ def execute(loaded: Any, request: Any, settings: dict[str, Any]) -> bytes:
         value = dump(result)
         reply = {"verdict": "fits"}
     except BaseException as error:
-        # Still inside, with all its memory held by the traceback's frames: a look at the size.
-        reply = describe_failure(error, limit, device)
+        reply = describe_failure(error)
     reply["seconds"] = time.perf_counter() - start
     reply["peak_bytes"] = memory.peak_bytes(device)
     return pickle.dumps((reply, [bytes(part) for part in value]))
@@ -216,24 +215,19 @@ def _set_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-def describe_failure(
-    error: BaseException, limit_bytes: int | None = None, device: str = "cpu"
-) -> dict[str, Any]:
+def describe_failure(error: BaseException) -> dict[str, Any]:
     """What the parent is told about an exception.
 
     Args:
         error: What was raised.
-        limit_bytes: The fence, or None.
-        device: Where the fence is.
 
     Returns:
         Verdict, the type's name, the message and the traceback as text.
     """
-    starved = limit_bytes is not None and is_starvation(
-        error, limit_bytes - memory.peak_bytes(device)
-    )
+    exhausted = is_out_of_memory(error)
     return {
-        "verdict": "oom" if starved or is_out_of_memory(error) else "error",
+        "verdict": "oom" if exhausted else "error",
+        "perhaps_memory": exhausted or may_be_starvation(error),
         "error_type": type(error).__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(error)),

@@ -291,9 +291,9 @@ class _MemoryProbe:
     def try_size(self, size: int, patience_seconds: float) -> None:
         """Trains at one size in the child and notes how it went."""
         self.progress(f"memory: training on {size} examples at once, to see their peak")
-        result = self._run(
-            train_at, size, self.found, self.child.device, self.precision, patience_seconds
-        )
+        result = self._train(size, patience_seconds)
+        if result.verdict in {"error", "killed"} and result.perhaps_memory:
+            result = self._ask_again_with_more(result, size)
         fits_before = any(t.verdict == "fits" for t in self.trials)
         if result.verdict == "error":
             self._raise_error(result, size)
@@ -321,6 +321,28 @@ class _MemoryProbe:
             seconds=result.seconds + sum(t.seconds for t in shorter),
         )
         self.trials = [*(t for t in self.trials if t.micro_batch != size), trial]
+
+    def _train(
+        self, size: int, patience_seconds: float, limit_bytes: int | None = None
+    ) -> ChildResult:
+        return self._run(
+            train_at,
+            size,
+            self.found,
+            self.child.device,
+            self.precision,
+            patience_seconds,
+            limit_bytes=limit_bytes,
+        )
+
+    def _ask_again_with_more(self, result: ChildResult, size: int) -> ChildResult:
+        """A failure that may be memory's fault is, if it does not happen with more memory."""
+        available = self.available_bytes()
+        if available > self.limit_bytes:
+            again = self._train(size, 0.0, limit_bytes=available)
+            if again.verdict in {"fits", "oom"}:
+                return replace(result, verdict="oom")
+        return result
 
     def _run(
         self, fn: Callable[..., object], *args: object, limit_bytes: int | None = None
@@ -396,15 +418,7 @@ class _MemoryProbe:
         available = self.available_bytes()
         need = f"more than {format_bytes(available)}"
         if available > self.limit_bytes:
-            result = self._run(
-                train_at,
-                1,
-                self.found,
-                self.child.device,
-                self.precision,
-                _PATIENCE_SECONDS,
-                limit_bytes=available,
-            )
+            result = self._train(1, _PATIENCE_SECONDS, limit_bytes=available)
             if result.verdict == "fits":
                 need = format_bytes(result.peak_bytes or 0)
         base = format_bytes(self.found.data_bytes)
