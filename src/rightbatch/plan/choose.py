@@ -324,10 +324,19 @@ def noise_guide(evidence: Evidence) -> float:
     return max(points[-1], 1.0) if points else _UNKNOWN_NOISE
 
 
-def baseline_rate(evidence: Evidence) -> float:
-    """The learning rate that the range test suggests at its batch.
+_EDGE_SHARE = {"plain": 1 / 2, "normalised": 1 / 8}
+"""The learning rate to begin with, as a share of the one at which a ramp explodes. On a quadratic
+gradient descent diverges beyond 2/λ and is quickest at 1/λ: a half. An optimizer that normalises
+has no such point: its first steps are as long as the learning rate says, and it explodes late."""
+_USUAL_RATE = {"plain": 0.1, "normalised": 1e-3}
 
-    The steepest point of the ramp, or the valley's middle; the edge says where it certainly ends.
+
+def baseline_rate(evidence: Evidence) -> float:
+    """The learning rate to begin with at the range test's batch.
+
+    The share of the ramp's edge that theory gives. The usual suggestions (steepest, valley, a
+    tenth of the minimum) are reported, but they are several times too low: the ramp passes each
+    learning rate in a step or two, and the loss has no time to follow.
 
     Args:
         evidence: What was measured.
@@ -336,10 +345,12 @@ def baseline_rate(evidence: Evidence) -> float:
         The learning rate.
     """
     probe = evidence.learning_rate
-    options = [e.value for e in (probe.steepest, probe.valley, probe.minimum_div_10) if e.value]
-    rate = math.exp(float(np.median(np.log(options)))) if options else 1e-3
-    edge = probe.edge.value
-    return min(rate, edge / 2) if edge else rate
+    kind = "normalised" if evidence.setting.normalised else "plain"
+    if probe.edge.value is not None:
+        return probe.edge.value * _EDGE_SHARE[kind]
+    if probe.steepest.value is not None:
+        return probe.steepest.value
+    return _USUAL_RATE[kind]
 
 
 def rate_at(evidence: Evidence, batch: int) -> float:
@@ -396,7 +407,7 @@ def _choose_by_probes(evidence: Evidence) -> _Choice:
         lr_reason=Reason(
             field="learning_rate",
             because=(
-                f"The range test at batch {probe.global_batch} suggests "
+                f"The range test at batch {probe.global_batch} allows "
                 f"{baseline_rate(evidence):.3g}, carried to batch {batch} by the "
                 f"{'square root of the ' if setting.normalised else ''}saturating law."
             ),

@@ -46,8 +46,8 @@ DEFAULT_BUDGET = "2min"
 _WANTED_MICRO_BATCH = {"cpu": 512, "gpu": 4096}
 """Micro-batches beyond this are not tried: throughput has stopped growing, and larger global
 batches accumulate. `measure_memory` finds the true ceiling."""
-_FEWEST_TIMED = 4000
-"""Timed examples cost as much as trained ones; repeats beyond this or N/2 are left out."""
+_FEWEST_TIMED = 2000
+"""Timed examples cost as much as trained ones: about this many have to do for the law."""
 MOST_EPOCHS = 100
 """The baseline gives up on the target after this many epochs when no budget ends it before."""
 EPOCHS_WITHOUT_TARGET = 10.0
@@ -208,8 +208,9 @@ def _probe(
     throughput = measure_throughput(
         workload,
         device=device,
-        micro_batches=sorted({4**k for k in range(12) if 4**k <= ceiling} | {ceiling}),
-        max_examples=max(_FEWEST_TIMED, workload.num_examples // 2),
+        micro_batches=[4**k for k in range(5) if 4**k <= ceiling],
+        max_examples=_FEWEST_TIMED,
+        powers_of_two=False,
         seed=seed,
     )
     say("noise: how much examples disagree on the gradient")

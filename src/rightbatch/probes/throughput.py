@@ -90,6 +90,7 @@ def measure_throughput(
     max_examples: int | None = None,
     seed: int = 0,
     precision: Precision = "float32",
+    powers_of_two: bool = True,
     clock: Clock | None = None,
     progress: Progress | None = None,
 ) -> ThroughputRecord:
@@ -108,6 +109,7 @@ def measure_throughput(
             any number.
         seed: Decides initial weights, data order and the order of sizes.
         precision: Arithmetic of the forward pass.
+        powers_of_two: Whether to compare powers of two with their neighbours as well.
         clock: Tells the time. Default: the device's.
         progress: Called with what is being measured and the share done.
 
@@ -146,6 +148,7 @@ def measure_throughput(
             budget_examples=max_examples,
             seed=seed,
             progress=progress,
+            powers_of_two=powers_of_two,
         )
         session.run(sizes)
     return _summarise(session, workload.name, device, precision, seed)

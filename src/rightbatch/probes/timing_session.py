@@ -39,6 +39,7 @@ class TimingSession:
         budget_examples: About how many examples everything may process; None for any number.
         seed: Of the order of sizes.
         progress: Called with what is being measured and the share done.
+        powers_of_two: Whether to compare powers of two with their neighbours.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TimingSession:
         budget_examples: int | None = None,
         seed: int,
         progress: Progress | None = None,
+        powers_of_two: bool = True,
     ) -> None:
         self.timer = timer
         self.blocks: list[TimedBlock] = []
@@ -60,6 +62,7 @@ class TimingSession:
         self._start = timer.clock.now()
         self._rng = np.random.default_rng(seed)
         self._progress = progress
+        self._powers_wanted = powers_of_two
 
     @property
     def spent_seconds(self) -> float:
@@ -75,7 +78,8 @@ class TimingSession:
         pilot = self._pilot(sizes)
         self._time_rounds(pilot)
         self._time_evaluation()
-        self._ask_powers_of_two(max(pilot))
+        if self._powers_wanted:
+            self._ask_powers_of_two(max(pilot))
         self._tell("Throughput measured", 1.0)
 
     def _tell(self, what: str, share: float) -> None:
