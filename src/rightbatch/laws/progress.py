@@ -254,6 +254,6 @@ def sample_posterior(
             accepted = np.log(rng.random(half)) < gain
             walkers[moving] = np.where(accepted[:, None], proposal, walkers[moving])
             current[moving] = np.where(accepted, density, current[moving])
-        if sweep >= num_sweeps // 2 and sweep % 5 == 0:
+        if sweep >= num_sweeps // 2 and sweep % 10 == 0:
             kept.append(walkers.copy())
     return np.concatenate(kept)

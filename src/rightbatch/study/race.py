@@ -233,9 +233,9 @@ class Race:
         )
 
     def _outlook(self) -> Outlook:
-        """What the runs say by now; computed again only when one of them has gone on."""
+        """What the runs say by now; computed again when one of them has gone on by a fifth."""
         assert self._target_loss is not None  # the ladder and the baseline come first
-        seen = tuple((t.state, len(t.points)) for t in self._trials if t.points)
+        seen = tuple((t.state, round(4 * math.log2(t.steps))) for t in self._trials if t.steps)
         if self._cached is None or self._cached[0] != seen:
             self._cached = (seen, self._conclude(self._target_loss))
         return self._cached[1]
