@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from scipy import stats
 
 from rightbatch.errors import UsageError
 from rightbatch.laws.memory import MemoryLaw, fit_memory_law
@@ -36,6 +37,16 @@ def test_the_interval_covers_the_slope():
         assert slope.low is not None and slope.high is not None
         covered += slope.low <= 1e4 <= slope.high
     assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_the_interval_is_that_of_an_independent_regression():
+    sizes, peaks = [8, 64, 256, 512], [1080.0, 1700.0, 3500.0, 6200.0]
+    slope = fit_memory_law(sizes, peaks).bytes_per_example
+    reference = stats.linregress(sizes, peaks)
+    half = reference.stderr * stats.t.ppf(0.975, 2)
+    assert slope.value == pytest.approx(reference.slope)
+    assert slope.low == pytest.approx(reference.slope - half)
+    assert slope.high == pytest.approx(reference.slope + half)
 
 
 def test_two_sizes_have_no_interval():

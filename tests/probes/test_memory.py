@@ -248,12 +248,14 @@ class Mean(nn.Module):
         return (x * self.scale).tanh().mean(dim=1)
 
 
-def test_the_heaviest_examples_come_first():
+@pytest.mark.parametrize("role", ["train_data", "val_data"])
+def test_the_heaviest_examples_come_first(role):
     lengths = [10] * 300
-    lengths[211] = 4 * MIB  # numbers: 16 MiB, padded to that in any batch it is in
-    workload = make_workload(make_model=Mean, train_data=Items(lengths), collate=pad)
+    lengths[211] = 8 * MIB  # numbers: 32 MiB, padded to that in any batch it is in
+    data = {"train_data": Items([10] * 300), "val_data": None, role: Items(lengths)}
+    workload = make_workload(make_model=Mean, collate=pad, **data)
     record = measure_memory(workload, max_micro_batch=2)
-    assert (record.trials[-1].peak_bytes or 0) - record.parts.baseline_bytes > 2 * 2 * 16 * MIB
+    assert (record.trials[-1].peak_bytes or 0) - record.parts.baseline_bytes > 2 * 2 * 32 * MIB
 
 
 def test_examples_are_ordered_by_weight_and_uniform_ones_not():
@@ -262,6 +264,33 @@ def test_examples_are_ordered_by_weight_and_uniform_ones_not():
     assert found.heaviest.tolist() == [1, 3, 0, 2]
     assert survey(make_workload(train_data=Items([3] * 4), make_model=Mean)).heaviest is None
     assert survey(make_workload()).heaviest is None
+
+
+def test_training_accumulates_and_evaluates_as_the_loop_does():
+    seen = []
+
+    def loss(model, batch):
+        x, _ = batch
+        gradients = any(p.grad is not None for p in model.parameters())
+        seen.append((len(x), model.training, torch.is_grad_enabled(), gradients))
+        return model(x).sum(), len(x)
+
+    data = (torch.ones(16, 1), torch.zeros(16))
+    workload = make_workload(
+        make_model=Mean, loss=None, compute_loss=loss, train_data=data, val_data=data
+    )
+    usage = train_at(workload, 8, survey(workload), "cpu", "float32", 0.0)
+    one, second_of_two, evaluation = (
+        (8, True, True, False),
+        (8, True, True, True),
+        (8, False, False, True),
+    )
+    assert seen[:4] == [one, one, second_of_two, evaluation]
+    assert usage.num_steps == 3
+    # Two micro-batches of 9 are more than the 16 examples: nobody would accumulate.
+    seen.clear()
+    train_at(workload, 9, survey(workload), "cpu", "float32", 0.0)
+    assert (9, True, True, True) not in seen[:3]
 
 
 def test_when_not_all_can_be_weighed_it_is_said(monkeypatch):
