@@ -103,7 +103,7 @@ def contestants(plan: Plan) -> dict[str, Recipe]:
     own = baseline_rate(plan.evidence) if race is None else race.baseline.learning_rate
     sides = {"the recipe": recipe}
     same = recipe.learning_rate
-    for title, rate in (("default, its best rate", own), ("default, same rate", same)):
+    for title, rate in (("default, best rate", own), ("default, same rate", same)):
         default = Recipe(global_batch=BASELINE_BATCH, learning_rate=rate)
         if default not in sides.values():
             sides[title] = default
@@ -172,14 +172,14 @@ def comparison_text(sides: Sequence[Side], target: str) -> str:
         ("batch size", *(show_number(s.recipe.global_batch) for s in sides)),
         ("learning rate", *(f"{s.recipe.learning_rate:.3g}" for s in sides)),
         ("target met", *(_share_reached(s) for s in sides)),
-        ("steps", *(_middle(s, lambda o: o.steps, _whole) for s in sides)),
-        ("examples", *(_middle(s, lambda o: o.examples, _whole) for s in sides)),
-        ("epochs", *(_middle(s, lambda o: o.epochs, _short) for s in sides)),
-        ("measured ms", *(_middle(s, lambda o: 1e3 * o.measured_seconds, _short) for s in sides)),
-        ("modelled ms", *(_middle(s, lambda o: 1e3 * o.modelled_seconds, _short) for s in sides)),
+        ("steps", *(_middle(s, lambda o: o.steps) for s in sides)),
+        ("examples", *(_middle(s, lambda o: o.examples, ends=False) for s in sides)),
+        ("epochs", *(_middle(s, lambda o: o.epochs, ends=False) for s in sides)),
+        ("measured ms", *(_middle(s, lambda o: 1e3 * o.measured_seconds) for s in sides)),
+        ("modelled ms", *(_middle(s, lambda o: 1e3 * o.modelled_seconds) for s in sides)),
     ]
     num_seeds = len(sides[0].outcomes)
-    header = (f"to {target}", *(s.title for s in sides))
+    header = ("to the target", *(s.title for s in sides))
     remark = (
         f"Median (least to most) of {num_seeds} fresh seeds; evaluation is not counted. Modelled: "
         "steps × the step time that the probe measured."
@@ -209,27 +209,50 @@ def verdict(sides: Sequence[Side], target: str) -> str:
     name = f"batch {other.recipe.global_batch} at learning rate {other.recipe.learning_rate:.3g}"
     if not all(o.reached for o in other.outcomes):
         return f"On fresh seeds the recipe met {target} in all runs; {name} did not."
-    ratio = speedup(recipe, other)
-    low, high = ratio.low or 0.0, ratio.high or math.inf
-    doubt = ": the difference is within the noise" if low <= 1 <= high else ""
+    modelled = speedup(recipe, other, lambda o: o.modelled_seconds)
+    measured = speedup(recipe, other, lambda o: o.measured_seconds)
+    no_difference = Estimate(value=1.0, low=1.0, high=1.0, n=0)
+    doubt = ": the difference is within the noise" if _overlap(modelled, no_difference) else ""
+    disagreement = (
+        ""
+        if _overlap(modelled, measured, slack=_TOLERANCE)
+        else " The two disagree: the machine was busy with other work during the plan's probe or "
+        "now. Repeat it on a quiet one."
+    )
     return (
-        f"On {num_seeds} fresh seeds the recipe met {target} {show_number(ratio.value)} "
-        f"({show_interval(ratio)}) times as fast, in modelled seconds, as {name}{doubt}."
+        f"On {num_seeds} fresh seeds the recipe met {target} {_times(modelled)} times as fast as "
+        f"{name} in modelled seconds{doubt}; in measured ones {_times(measured)} times."
+        f"{disagreement}"
     )
 
 
-def speedup(recipe: Side, other: Side) -> Estimate:
-    """Geometric mean of the ratios of modelled seconds, seed by seed, with Student's interval.
+_TOLERANCE = 1.25
+"""Modelled seconds leave out fetching the batch, which costs small batches a little more."""
+
+
+def _overlap(one: Estimate, other: Estimate, *, slack: float = 1.0) -> bool:
+    """Whether two intervals meet, up to a factor."""
+    ends = [(e.low or 0.0, e.high or math.inf) for e in (one, other)]
+    return ends[0][0] <= ends[1][1] * slack and ends[1][0] <= ends[0][1] * slack
+
+
+def _times(ratio: Estimate) -> str:
+    return f"{show_number(ratio.value)} ({show_interval(ratio)})"
+
+
+def speedup(recipe: Side, other: Side, seconds: Callable[[Outcome], float]) -> Estimate:
+    """Geometric mean of the ratios of seconds, seed by seed, with Student's interval.
 
     Args:
         recipe: The faster, if all is well.
         other: What it is compared with, on the same seeds.
+        seconds: Which seconds of an outcome.
 
     Returns:
         How many times as fast `recipe` is, to two digits.
     """
     logs = [
-        math.log(b.modelled_seconds / a.modelled_seconds)
+        math.log(seconds(b) / seconds(a))
         for a, b in zip(recipe.outcomes, other.outcomes, strict=True)
     ]
     n, mean = len(logs), statistics.fmean(logs)
@@ -238,21 +261,15 @@ def speedup(recipe: Side, other: Side) -> Estimate:
     return Estimate(value=value, low=low, high=high, n=n, method="paired by seed, Student's t")
 
 
-def _middle(
-    side: Side, of_outcome: Callable[[Outcome], float], show: Callable[[float], str]
-) -> str:
-    values = sorted(of_outcome(o) for o in side.outcomes if o.reached)
+def _middle(side: Side, of: Callable[[Outcome], float], *, ends: bool = True) -> str:
+    values = sorted(of(outcome) for outcome in side.outcomes if outcome.reached)
     if not values:
         return "–"
-    return f"{show(statistics.median(values))} ({show(values[0])}–{show(values[-1])})"
-
-
-def _whole(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
+    middle, least, most = (
+        f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        for x in (statistics.median(values), values[0], values[-1])
+    )
+    return f"{middle} ({least}–{most})" if ends else middle
 
 
 def _share_reached(side: Side) -> str:
