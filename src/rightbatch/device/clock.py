@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Protocol
 
@@ -41,6 +42,25 @@ class DeviceClock:
         """Seconds on the monotonic clock, after waiting for the device."""
         synchronise(self._device)
         return time.perf_counter()
+
+
+class ThreadClock:
+    """Processor time of the thread that reads it: what a step takes on an otherwise idle machine.
+
+    On a machine that has more to do than processors, the wall clock times the other programs as
+    well, and small steps most of all. What the thread waits for, such as a disk, is not counted.
+    """
+
+    def now(self) -> float:
+        """Seconds of processor time."""
+        return time.thread_time()
+
+
+def is_busy() -> bool:
+    """Whether more programs want to run than there are processors, by the last minute's load."""
+    if not hasattr(os, "getloadavg"):
+        return False
+    return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def synchronise(device: str | torch.device) -> None:

@@ -466,6 +466,11 @@ def _general_warnings(evidence: Evidence) -> list[str]:
             f"The data are a stream; its first {evidence.setting.num_examples:,} examples stand "
             "for all of it."
         )
+    if evidence.environment.clock == "processor":
+        found.append(
+            "The machine was busy with other programs; step times are processor time, what a step "
+            "takes when it is idle. Plan again on an idle machine to be sure."
+        )
     if not evidence.noise_scale.noise_scale.resolved:
         found.append("The noise scale at the start is not resolved: too noisy to tell.")
     return found

@@ -15,6 +15,7 @@ from importlib import metadata
 import numpy as np
 import torch
 
+from rightbatch.device.clock import ThreadClock, is_busy
 from rightbatch.device.memory import parse_bytes
 from rightbatch.errors import UsageError
 from rightbatch.isolate import preserved_state
@@ -46,7 +47,8 @@ DEFAULT_BUDGET = "2min"
 _WANTED_MICRO_BATCH = {"cpu": 512, "gpu": 4096}
 """Micro-batches beyond this are not tried: throughput has stopped growing, and larger global
 batches accumulate. `measure_memory` finds the true ceiling."""
-_FEWEST_TIMED = 2000
+_TIMED_SIZES = (1, 8, 32, 128)
+_MOST_TIMED = 5000
 """Timed examples cost as much as trained ones: about this many have to do for the law."""
 MOST_EPOCHS = 100
 """The baseline gives up on the target after this many epochs when no budget ends it before."""
@@ -196,7 +198,7 @@ def _probe(
     workload: Workload, asked: _Asked, memory_limit: int | str | None, say: Progress
 ) -> Evidence:
     device, seed = asked.device, asked.seed
-    environment = describe_environment()
+    environment = describe_environment(device)
     with preserved_state():
         optimizer = workload.make_optimizer(workload.build_model(seed, device).parameters(), 1.0)
     say("memory: how many examples fit at once")
@@ -208,9 +210,10 @@ def _probe(
     throughput = measure_throughput(
         workload,
         device=device,
-        micro_batches=[4**k for k in range(5) if 4**k <= ceiling],
-        max_examples=_FEWEST_TIMED,
+        micro_batches=[size for size in _TIMED_SIZES if size <= ceiling],
+        max_examples=_MOST_TIMED,
         powers_of_two=False,
+        clock=ThreadClock() if environment.clock == "processor" else None,
         seed=seed,
     )
     say("noise: how much examples disagree on the gradient")
@@ -347,8 +350,15 @@ def _run_race(
     return race.record(looked_at(workload, target).num_examples)
 
 
-def describe_environment() -> Environment:
-    """The versions, the machine and the thread count that measurements were made with."""
+def describe_environment(device: str) -> Environment:
+    """The versions, the machine, the thread count and the clock that measurements are made with.
+
+    Args:
+        device: Where measurements are made; an accelerator is not shared like processors are.
+
+    Returns:
+        The description.
+    """
     return Environment(
         rightbatch=metadata.version("rightbatch"),
         python=platform.python_version(),
@@ -358,6 +368,7 @@ def describe_environment() -> Environment:
         processor=platform.processor() or platform.machine(),
         num_cpus=os.cpu_count() or 1,
         num_threads=torch.get_num_threads(),
+        clock="processor" if device == "cpu" and is_busy() else "wall",
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

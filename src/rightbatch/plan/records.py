@@ -52,7 +52,10 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Where it was measured: another machine may need another plan."""
+    """Where it was measured: another machine may need another plan.
+
+    `clock` is `processor` where the machine was too busy for wall times to mean anything.
+    """
 
     rightbatch: str
     python: str
@@ -62,6 +65,7 @@ class Environment:
     processor: str
     num_cpus: int
     num_threads: int
+    clock: Literal["wall", "processor"]
     started: str
 
 

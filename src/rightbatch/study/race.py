@@ -124,7 +124,7 @@ _WORTH_DOUBLING = 0.35
 """e-folds of progress that the noise of a doubled learning rate may cost: half of what it saves,
 since noise goes on growing for a while."""
 _MOST_ALLOWANCE = 1.5
-_FEWEST_RUNS = 2.2
+_FEWEST_RUNS = 3.0
 _FINALS_SEED = 7919
 _MOST_FALLS = 3
 """How often the baseline may diverge before it is given up."""
