@@ -1,5 +1,7 @@
 """The memory law against lines with known constants."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,7 +44,7 @@ def test_the_interval_covers_the_slope():
 def test_the_interval_is_that_of_an_independent_regression():
     sizes, peaks = [8, 64, 256, 512], [1080.0, 1700.0, 3500.0, 6200.0]
     slope = fit_memory_law(sizes, peaks).bytes_per_example
-    reference = stats.linregress(sizes, peaks)
+    reference: Any = stats.linregress(sizes, peaks)
     half = reference.stderr * stats.t.ppf(0.975, 2)
     assert slope.value == pytest.approx(reference.slope)
     assert slope.low == pytest.approx(reference.slope - half)

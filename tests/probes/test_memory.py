@@ -469,7 +469,7 @@ class WideMLP(nn.Module):
 def test_at_least_90_percent_of_the_true_ceiling(model, limit):
     workload = make_workload(
         make_model=model,
-        train_data=(torch.randn(6000, 32, 8), torch.zeros(6000)),
+        train_data=(torch.randn(4000, 32, 8), torch.zeros(4000)),
         make_optimizer=lambda params, lr: torch.optim.Adam(params, lr=lr),
     )
     record = measure_memory(workload, memory_limit=limit)
@@ -483,7 +483,7 @@ def test_at_least_90_percent_of_the_true_ceiling(model, limit):
             return Trial(size=size, fits=result.verdict == "fits")
 
         # By doubling and bisection, without any law, to 2 %.
-        lo, hi = record.ceiling.micro_batch, 6001
+        lo, hi = record.ceiling.micro_batch, 4001
         assert run(lo).fits
         while hi - lo > max(1, lo // 50):
             middle = min(2 * lo, (lo + hi) // 2)

@@ -12,7 +12,7 @@ The law only chooses where to look, by the secant through the last two fitting s
 2. a little below the predicted ceiling, so that the answer keeps some headroom; in the geometric
    middle of what is possible, as long as the noise of an allocator leaves much possible;
 3. just above lo / 0.9, whose failure proves the answer;
-4. wherever a failure has refuted the law, the geometric middle of lo and hi.
+4. where a failure has refuted the law, the geometric middle of lo and hi.
 
 Without peaks it is doubling, then the geometric middle.
 """
@@ -138,7 +138,7 @@ class CeilingSearch:
         if prediction is None:
             return _middle(lo, hi) if failed else 2 * lo
         low, likely, high = prediction
-        if failed and likely >= hi:  # refuted
+        if failed and likely >= hi:  # the failure refuted the law
             return _middle(lo, hi)
         if high > _VAGUE * low:
             wanted = math.isqrt(math.floor(low * min(high, hi)))
@@ -151,8 +151,8 @@ class CeilingSearch:
         """The ceiling on a line through the largest size that fitted: low, likely, high.
 
         Its slope is that of the secant from the size before, give or take the noise of two peaks.
-        From a single size it is at most that of the secant from what is fixed. It is never less
-        than what each example is known to need.
+        From a single size it is that of the secant from what is fixed, or a multiple of what each
+        example is known to need, if that is less. It is never less than the latter.
 
         Returns:
             Sizes, none beyond `_STRIDE` times the largest that ran; None when there is nothing to
@@ -169,8 +169,8 @@ class CeilingSearch:
         noise = max(ALLOCATOR_NOISE_BYTES, _NOISE * peak_1) / (size_1 - size_0)
         low, high = likely - noise, likely + noise
         if len(points) == 1:
-            high = max(likely, known)
-            low = likely = min(high, _PEAK_PER_KEPT * known) or high
+            # Noise and all that is fixed but not known to be are still in this secant.
+            low = likely = high = min(likely, _PEAK_PER_KEPT * known) if known else likely
         room = max(0, self.limit_bytes - peak_1)
 
         def ceiling(slope: float) -> float:
