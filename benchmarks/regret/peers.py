@@ -148,12 +148,13 @@ def choose_like_sklearn(situation: Situation, seed: int) -> Choice:
 # ---- Lightning -----------------------------------------------------------------------------------
 
 
-def choose_by_lightning(situation: Situation, seed: int) -> Choice:
+def choose_by_lightning(situation: Situation, seed: int, batch: int | None) -> Choice:
     """Lightning's tuner pair: the largest batch that fits, then the range test at that batch.
 
     Args:
         situation: The workload.
         seed: Of initial weights and data order.
+        batch: Only the range test, at this batch; None: the pair.
 
     Returns:
         The choice.
@@ -166,10 +167,10 @@ def choose_by_lightning(situation: Situation, seed: int) -> Choice:
     ):
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        return _tune(situation.workload, seed, folder)
+        return _tune(situation.workload, seed, batch, folder)
 
 
-def _tune(workload: Workload, seed: int, folder: str) -> Choice:
+def _tune(workload: Workload, seed: int, batch: int | None, folder: str) -> Choice:
     import lightning.pytorch as pl
     from lightning.pytorch.tuner.tuning import Tuner
 
@@ -190,7 +191,10 @@ def _tune(workload: Workload, seed: int, folder: str) -> Choice:
             )
         )
 
-    make_tuner().scale_batch_size(module, mode="power")
+    if batch is not None:
+        module.batch_size = batch
+    else:
+        make_tuner().scale_batch_size(module, mode="power")
     # Beyond N there is nothing to put into a batch, whatever the tuner answers.
     module.batch_size = min(module.batch_size, workload.num_examples)
     finder = make_tuner().lr_find(module)
@@ -199,7 +203,7 @@ def _tune(workload: Workload, seed: int, folder: str) -> Choice:
     if suggestion is not None and math.isfinite(suggestion) and suggestion > 0:
         recipe = Recipe(global_batch=module.batch_size, learning_rate=float(suggestion))
     return Choice(
-        row="Lightning",
+        row="Lightning" if batch is None else f"batch {batch}, lr_find",
         seed=seed,
         recipe=recipe,
         examples=float(module.examples),
@@ -349,8 +353,9 @@ ROWS: dict[str, Callable[[Situation, int], Choice]] = {
     "probe": lambda situation, seed: choose_by_plan(situation, seed, "probe"),
     "batch 32, steepest": lambda s, seed: choose_by_range_test(s, seed, "steepest"),
     "batch 32, valley": lambda s, seed: choose_by_range_test(s, seed, "valley"),
+    "batch 32, lr_find": lambda s, seed: choose_by_lightning(s, seed, TYPICAL_BATCH),
     "scikit-learn": choose_like_sklearn,
-    "Lightning": choose_by_lightning,
+    "Lightning": lambda s, seed: choose_by_lightning(s, seed, None),
     "Optuna": choose_by_optuna,
 }
 """The rows of the table. The race comes first: Optuna may spend what it did."""

@@ -1,14 +1,16 @@
 """Scores: regret with its interval, runs on fresh seeds, and what is kept between calls."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from benchmarks.regret import score, table, truth
 from benchmarks.regret.grid import Settings
-from benchmarks.regret.peers import Choice, OptunaSearch, Situation
+from benchmarks.regret.peers import Choice, OptunaSearch, Situation, choose_by_lightning
 from benchmarks.regret.running import Arrival
 from benchmarks.regret.score import NEVER, Regret, Scored, Scores, estimate_regret
 from benchmarks.regret.truth import Truth
@@ -299,3 +301,24 @@ def test_the_shape_says_where_nothing_arrived() -> None:
     lost = tuple(cell(32, 0, seed, None) for seed in range(6))
     text = table.shape(replace(make_truth(), cells=(*cells, *lost)))
     assert "> 8" in text
+
+
+# ---- Lightning's tuners --------------------------------------------------------------------------
+
+
+def test_lightning_s_tuners_choose_what_can_be_run_and_their_cost_is_counted() -> None:
+    pytest.importorskip("lightning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        situation = Situation(workload=catalog.get("quadratic"), truth=make_truth())
+        before = torch.random.get_rng_state()
+        typical = choose_by_lightning(situation, 0, 32)
+        largest = choose_by_lightning(situation, 0, None)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert typical.recipe is not None
+    assert largest.recipe is not None
+    assert (typical.row, typical.recipe.global_batch) == ("batch 32, lr_find", 32)
+    assert typical.examples == 100 * 32
+    # Three steps at each of 2, 4 … 512, then the range test with all examples in a batch.
+    assert largest.recipe.global_batch == 1024
+    assert largest.examples == pytest.approx(100 * 1024 + 3 * 1022, abs=3 * 1024)
