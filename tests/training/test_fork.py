@@ -306,3 +306,20 @@ def test_the_fork_accumulates_as_its_recipe_says() -> None:
     fork.advance(2)
     assert [len(window) for window in seen] == [16, 16, *([8] * 8)]
     assert fork.steps == 4
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_training_goes_on_where_the_caller_has_switched_gradients_off(off: Any) -> None:
+    """A notebook cell under no_grad, a callback of an evaluation: the same run, the mode kept."""
+    usual = Training(make(), recipe())
+    usual.advance(5)
+    usual = usual.fork(usual.recipe)
+    usual.advance(5)
+    with off():
+        other = Training(make(), recipe())
+        other.advance(5)
+        other = other.fork(other.recipe)
+        other.advance(5)
+        other.evaluate()
+        assert not torch.is_grad_enabled()
+    assert_same(state(other), state(usual))
