@@ -225,7 +225,7 @@ def test_threads_are_set_for_the_measurement(capsys: Captured) -> None:
     try:
         for threads in (2, 1):
             assert main([*train, "--threads", str(threads), "--quiet"]) == 0
-            assert torch.get_num_threads() == describe_environment().num_threads == threads
+            assert torch.get_num_threads() == describe_environment("cpu").num_threads == threads
     finally:
         torch.set_num_threads(before)
     assert main([*train, "--threads", "0"]) == 2
