@@ -56,7 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     truth.add_argument("--num-seeds", type=int, help="seeds of the grid; default: 6")
     score = commands.add_parser("score", help="choose and run the choices")
     score.set_defaults(run=_score)
-    score.add_argument("--rows", help="comma-separated; default: all")
+    score.add_argument("--rows", action="append", help="a row, or several with commas; repeatable")
     score.add_argument("--seeds", type=int, default=2, help="times that a method chooses")
     score.add_argument("--fresh", type=int, default=6, help="fresh seeds that a choice is run on")
     score.add_argument("--again", action="store_true", help="forget what these rows chose before")
@@ -92,9 +92,13 @@ def _truth(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from regret.peers import ROWS
     from regret.score import score_workload
 
-    rows = None if options.rows is None else options.rows.split(",")
+    rows = None
+    if options.rows is not None:
+        # Some names have a comma themselves.
+        rows = [r for text in options.rows for r in ([text] if text in ROWS else text.split(","))]
     for workload in _workloads(options.workloads):
         score_workload(
             workload,
