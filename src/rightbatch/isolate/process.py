@@ -206,6 +206,7 @@ class WorkerProcess:
         patience = Watch(_START_SECONDS, None, watch.limit_bytes, fenced=True)
         started = self.ask(dump(hello), patience)
         if not started.alive:
+            self._log_start = 0  # It may have said why before it was asked anything.
             raise ProbeError(
                 f"The child process did not start. {started.objection} Its last words: "
                 f"{self.read_log() or 'none'}"
