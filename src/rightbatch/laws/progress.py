@@ -157,6 +157,8 @@ class ProgressObservation:
         slope_ratio: Baseline's log slope of loss at the target over that at this loss: noise
             raises the loss by a share, which costs more steps where the curve is flatter.
         deviation: Standard deviation of ln equivalent_progress.
+        at_most: Whether the equivalent progress is only known to be no more than this, as of a
+            run that diverged.
     """
 
     global_batch: int
@@ -166,6 +168,7 @@ class ProgressObservation:
     equivalent_progress: float
     slope_ratio: float
     deviation: float
+    at_most: bool = False
 
 
 def make_log_likelihood(
@@ -196,6 +199,7 @@ def make_log_likelihood(
     seen = np.log([o.equivalent_progress for o in observations])
     slope_ratio = np.array([o.slope_ratio for o in observations])
     deviation = np.array([o.deviation for o in observations])
+    at_most = np.array([o.at_most for o in observations])
     fresh = (start == 0).astype(float)
     base_batch, base_lr = np.log([float(baseline_batch)]), np.log([baseline_lr])
 
@@ -207,6 +211,7 @@ def make_log_likelihood(
         rate = log_rate(draws, ln_batch) - log_rate(draws, base_batch)
         own = np.log(start + np.exp(ln_lr + rate) * steps)
         z = (seen - own - slope_ratio * (base - extra)) / deviation
+        z = np.where(at_most, np.minimum(z, 0.0), z)
         return -2.5 * np.log1p(z**2 / 4.0).sum(axis=1)
 
     return log_likelihood

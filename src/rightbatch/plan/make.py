@@ -102,12 +102,21 @@ def make_plan(
     say = progress or (lambda *_: None)
     _check_choice("goal", goal, ("time", "examples", "steps", "quality"))
     _check_choice("effort", effort, ("auto", "probe", "race"))
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; it cannot be negative.")
+    if replicas < 1:
+        raise UsageError(f"replicas is {replicas}; it must be at least 1.")
     if target is not None:
         workload = replace(workload, target=target)
     if budget is None and effort == "auto":
         budget = DEFAULT_BUDGET
     seconds = None if budget is None else parse_seconds(budget)
     check_workload(workload, device=device)
+    if replicas > workload.num_examples:
+        raise UsageError(
+            f"replicas is {replicas}, and there are only {workload.num_examples:,} examples. "
+            "Every worker needs one at each step; use fewer."
+        )
     evidence = _probe(
         workload, _Asked(goal, effort, seconds, replicas, device, seed), memory_limit, say
     )
@@ -173,8 +182,11 @@ def parse_seconds(budget: str | float) -> float:
         >>> parse_seconds("2min")
         120.0
     """
-    match = _DURATION.fullmatch(str(budget))
-    value = float(match["number"]) * _UNITS[match["unit"]] if match else 0.0
+    if isinstance(budget, str):
+        match = _DURATION.fullmatch(budget)
+        value = float(match["number"]) * _UNITS[match["unit"]] if match else 0.0
+    else:
+        value = float(budget)
     if not (math.isfinite(value) and value > 0):
         raise UsageError(
             f"The budget {budget!r} is no duration. Write it like '30s', '2min' or '1h'."

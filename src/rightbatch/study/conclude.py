@@ -194,7 +194,7 @@ def observe(
 
     A branch gives two: shortly after it left (mostly the noise it relaxed to) and at its end
     (mostly its rate). A fresh run gives one, where it got to, that counts the more the nearer it
-    came to the target. A run that diverged is known to be many times slower, and no more.
+    came to the target. A run that diverged is known to be at least many times slower.
 
     Args:
         trials: The runs.
@@ -249,6 +249,7 @@ def _observation(
         equivalent_progress=math.exp(ln_seen),
         slope_ratio=_slope_ratio(ruler, ln_seen, target_loss),
         deviation=deviation,
+        at_most=trial.state == "diverged",
     )
 
 

@@ -356,8 +356,11 @@ class Race:
     def _ladder_loss(self, rung: _Trial) -> float:
         """Geometric mean of the last looks; a rung that did not get below the start is hopeless."""
         tail = [p.loss for p in rung.points if p.steps >= 0.6 * rung.steps]
-        if rung.dead or any(x is None or x >= self._initial_loss for x in tail):
-            return math.inf if rung.dead else 1e6 + (tail[-1] or 0.0)
+        if rung.dead:
+            # Among rates that are all too high, the lowest leads the way down.
+            return 1e12 * rung.cell.learning_rate / self._first_lr
+        if any(x is None or x >= self._initial_loss for x in tail):
+            return 1e6 + (tail[-1] or 0.0)
         return math.exp(float(np.mean(np.log([x for x in tail if x]))))
 
     # ---- 2. baseline ---------------------------------------------------------------------------
@@ -630,8 +633,8 @@ def _log_slope(points: Sequence[TrialPoint]) -> float:
 def contenders(record: RaceRecord, *, least_share: float = 0.25) -> list[Cell]:
     """The cells that may be chosen: the baseline's, and those whose fresh run arrived.
 
-    Where the budget ended the race before any fresh run arrived, those that had come far: to a
-    loss that the baseline had after `least_share` of its way to the target.
+    Also those that the budget stopped when they had come far: to a loss that the baseline had
+    after `least_share` of its way to the target; twice that share where another run arrived.
 
     Args:
         record: The race.
@@ -643,13 +646,14 @@ def contenders(record: RaceRecord, *, least_share: float = 0.25) -> list[Cell]:
     baseline = record.baseline
     runs = [t for t in record.trials if t.kind == "run"]
     arrived = [t for t in runs if t.state == "reached"]
+    least = least_share if not arrived else 2 * least_share
     total = baseline.points[-1].progress
-    before = [p.loss for p in baseline.points if p.loss and p.progress <= least_share * total]
+    before = [p.loss for p in baseline.points if p.loss and p.progress <= least * total]
     far = min(before, default=math.inf)
     unfinished = [
         t for t in runs if t.state == "stopped" and t.points and (t.points[-1].loss or far) < far
     ]
     return [
         Cell(global_batch=t.global_batch, learning_rate=t.learning_rate)
-        for t in [baseline, *(arrived or unfinished)]
+        for t in [baseline, *arrived, *unfinished]
     ]
