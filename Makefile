@@ -1,7 +1,7 @@
 # Two commands on a fresh Linux machine with Python ≥ 3.11:
 #   make demo   sets everything up and runs the main job on the digits data
 #   make test   sets everything up and checks everything
-# `make check` is the fast part for a developer; `make bench` takes long.
+# `make check` is the fast part for a developer; `make slow` and `make bench` take long.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,20 +11,23 @@ STAMP := $(VENV)/.installed
 # One thread per process: the same numbers on every run, and tests that run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check slow bench clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	$(BIN)/python -m rightbatch.demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/regret.py

@@ -52,7 +52,7 @@ def test_the_speed_up_is_the_geometric_mean_with_students_interval() -> None:
     ("recipe", "default", "words"),
     [
         ([1.0, 1.0, 1.1], [2.0, 2.1, 2.0], "times as fast as batch 32"),
-        ([1.0, 1.5, 0.7], [1.2, 1.0, 1.1], "the difference is within the noise"),
+        ([1.0, 1.5, 0.7], [1.2, 1.0, 1.1], "a difference within the noise"),
         ([2.0, 2.1, 2.0], [1.0, 1.0, 1.1], "0.51 (0.42–0.61) times as fast"),
     ],
 )
@@ -73,6 +73,18 @@ def test_a_model_that_the_clock_contradicts_is_not_believed() -> None:
     agreeing = side("default", [3.0, 3.1, 3.0])
     faster = side("the recipe", [1.0, 1.0, 1.1], batch=64)
     assert "disagree" not in comparison_text([faster, agreeing], "val_loss<=1")
+
+
+def test_it_is_told_what_the_learning_rate_alone_would_have_given() -> None:
+    recipe = side("the recipe", [1.0, 1.0, 1.1], batch=128)
+    default = side("default", [2.0, 2.1, 2.0])
+    quick = side("same rate", [0.9, 1.1, 1.0])
+    text = " ".join(comparison_text([recipe, default, quick], "val_loss<=1").split())
+    assert "at the recipe's own learning rate it is 0.97 (" in text
+    assert "times as fast: a difference within the noise." in text
+    failed = side("same rate", [1.0] * 3, reached=False)
+    text = comparison_text([recipe, default, failed], "val_loss<=1")
+    assert "not all runs met it" in " ".join(text.split())
 
 
 def test_a_target_that_is_missed_is_told() -> None:

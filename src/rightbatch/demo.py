@@ -211,8 +211,6 @@ def verdict(sides: Sequence[Side], target: str) -> str:
         return f"On fresh seeds the recipe met {target} in all runs; {name} did not."
     modelled = speedup(recipe, other, lambda o: o.modelled_seconds)
     measured = speedup(recipe, other, lambda o: o.measured_seconds)
-    no_difference = Estimate(value=1.0, low=1.0, high=1.0, n=0)
-    doubt = ": the difference is within the noise" if _overlap(modelled, no_difference) else ""
     disagreement = (
         ""
         if _overlap(modelled, measured, slack=_TOLERANCE)
@@ -221,9 +219,26 @@ def verdict(sides: Sequence[Side], target: str) -> str:
     )
     return (
         f"On {num_seeds} fresh seeds the recipe met {target} {_times(modelled)} times as fast as "
-        f"{name} in modelled seconds{doubt}; in measured ones {_times(measured)} times."
-        f"{disagreement}"
+        f"{name} in modelled seconds{_doubt(modelled)}; in measured ones {_times(measured)} times."
+        f"{disagreement}{_against_same_rate(sides)}"
     )
+
+
+def _against_same_rate(sides: Sequence[Side]) -> str:
+    """How much of the gain is the learning rate's and not the batch's."""
+    if len(sides) < 3:
+        return ""
+    recipe, _, same = sides
+    where = f"batch {same.recipe.global_batch} at the recipe's own learning rate"
+    if not all(o.reached for o in same.outcomes):
+        return f" With {where} not all runs met it."
+    ratio = speedup(recipe, same, lambda o: o.modelled_seconds)
+    return f" Against {where} it is {_times(ratio)} times as fast{_doubt(ratio)}."
+
+
+def _doubt(ratio: Estimate) -> str:
+    no_difference = Estimate(value=1.0, low=1.0, high=1.0, n=0)
+    return ": a difference within the noise" if _overlap(ratio, no_difference) else ""
 
 
 _TOLERANCE = 1.25
