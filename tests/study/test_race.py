@@ -272,6 +272,11 @@ def test_a_baseline_that_diverges_late_goes_on_from_before_with_a_lower_rate() -
     assert record.baseline.state == "reached"
     assert record.baseline.learning_rate <= 0.2
     assert record.baseline.points[0].progress / record.baseline.points[0].steps > 0.2
+    # What was trained after the fall is forgotten: between looks the rate was one that was tried.
+    steps = np.diff([p.steps for p in record.baseline.points])
+    rates = np.diff([p.progress for p in record.baseline.points]) / steps
+    octaves = np.log2(rates / record.baseline.learning_rate)
+    np.testing.assert_allclose(octaves, np.round(octaves), atol=1e-6)
     assert_sound(record)
 
 

@@ -32,6 +32,7 @@ Progress = Callable[[str], None]
 _PATIENCE_SECONDS = 3.0
 _SOAK_SECONDS = 20.0
 _STALL_SECONDS = 6.0
+_CLOSE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +262,11 @@ class _MemoryProbe:
         return max(self.limit_bytes, self.child.available_bytes())
 
     def search(self, *, exact: bool) -> None:
-        """Runs sizes until the answer is found, and once more where it had not settled."""
+        """Runs sizes until the answer is found, and the answer again where it is not certain.
+
+        A heap fragments differently in every process, so an answer close to the limit must fit in
+        a second process too; and its peak must have settled.
+        """
         search = CeilingSearch(
             max_size=self.max_size,
             limit_bytes=self.limit_bytes,
@@ -274,8 +279,9 @@ class _MemoryProbe:
             answer, _ = self.bracket()
             if answer == 0:
                 self._nothing_fits()
-            if self.usages[answer].settled:
+            if self._certain(answer):
                 break
+            self.child.close()  # the next request starts another process
             self.try_size(answer, _SOAK_SECONDS)
             if self.trials[-1].verdict == "fits":
                 break
@@ -287,6 +293,10 @@ class _MemoryProbe:
                 f"{answer} examples fit, and after {len(self.trials)} sizes it is open whether "
                 "clearly more would. Use exact=True to know."
             )
+
+    def _certain(self, answer: int) -> bool:
+        usage = self.usages[answer]
+        return usage.settled and usage.peak_bytes < (1 - _CLOSE) * self.limit_bytes
 
     def try_size(self, size: int, patience_seconds: float) -> None:
         """Trains at one size in the child and notes how it went."""

@@ -81,12 +81,25 @@ class Outlook:
         """Median of the predicted steps."""
         return float(np.exp(np.median(self.log_steps[:, self.index(cell)])))
 
-    def portfolio(self, size: int) -> list[Cell]:
-        """Cells that together promise the least cost: E[min over them], chosen one by one."""
+    def portfolio(self, size: int, *, most_examples: float = math.inf) -> list[Cell]:
+        """Cells that together promise the least cost: E[min over them], chosen one by one.
+
+        Args:
+            size: How many at most.
+            most_examples: Cells whose training is predicted to need more are left out, unless
+                all are.
+
+        Returns:
+            Cells, the best first.
+        """
         capped = np.minimum(self.log_cost, _WORST)
-        chosen = [int(self.expected.argmin())]
+        batches = np.array([cell.global_batch for cell in self.cells])
+        dear = np.exp(np.median(self.log_steps, axis=0)) * batches > most_examples
+        if dear.all():
+            dear[:] = False
+        chosen = [int(np.where(dear, np.inf, self.expected).argmin())]
         # A long shot that would win only under odd laws is not worth a whole run.
-        hopeless = self.expected > self.expected.min() + _LONG_SHOT
+        hopeless = dear | (self.expected > self.expected[chosen[0]] + _LONG_SHOT)
         while len(chosen) < size:
             so_far = capped[:, chosen].min(axis=1, keepdims=True)
             gain = np.minimum(so_far, capped).mean(axis=0)

@@ -530,7 +530,11 @@ class Race:
     def _run_finals(self) -> None:
         self._allow_for_a_lucky_baseline()
         outlook = self._outlook()
-        finalists = [self._start(cell) for cell in outlook.portfolio(self._settings.num_runs)]
+        # What cannot be afforded to the target cannot be confirmed: leave it out.
+        cells = outlook.portfolio(
+            self._settings.num_runs, most_examples=self._max_examples - self._examples
+        )
+        finalists = [self._start(cell) for cell in cells]
         for share in (0.25,):
             outlook = self._outlook()
             best = outlook.best([t.cell for t in finalists])
