@@ -202,6 +202,8 @@ def naive_log_likelihood(
         )
         expected = progress * math.exp(o.slope_ratio * spared)
         z = math.log(o.equivalent_progress / expected) / o.deviation
+        if o.at_most and o.equivalent_progress > expected:
+            z = 0.0  # it stands even further behind than the bound: no contradiction
         total += -(4 + 1) / 2 * math.log(1 + z * z / 4)
     return total
 
@@ -239,6 +241,7 @@ def test_the_likelihood_agrees_with_a_naive_one(*, normalised: bool) -> None:
     prior, rng = a_prior(normalised=normalised), np.random.default_rng(3)
     draws = prior.draw(40, rng)
     seen = some_observations(prior, draws[:1], rng)
+    seen = tuple(replace(o, at_most=i % 3 == 0) for i, o in enumerate(seen))
     fast = make_log_likelihood(prior, seen, baseline_batch=BASE_BATCH, baseline_lr=BASE_LR)
     naive = [naive_log_likelihood(prior, draw.tolist(), seen) for draw in draws]
     np.testing.assert_allclose(fast(draws), naive, rtol=1e-10)
@@ -255,6 +258,19 @@ def test_what_the_law_says_is_the_likeliest_and_one_odd_run_does_not_decide() ->
     robust = make_log_likelihood(prior, odd, baseline_batch=BASE_BATCH, baseline_lr=BASE_LR)
     # A normal law would take (ln 1e6 / 0.02)²/2 ≈ 240 000.
     assert -50 < robust(law)[0] < 0
+
+
+def test_a_bound_speaks_only_against_laws_on_its_wrong_side() -> None:
+    prior, law = a_prior(), a_law(ln_edge=math.log(0.2))
+    seen = some_observations(prior, law, np.random.default_rng(1), num=1, noise=0.0)[0]
+
+    def likelihood(factor: float) -> float:
+        bound = replace(seen, equivalent_progress=seen.equivalent_progress * factor, at_most=True)
+        given = make_log_likelihood(prior, (bound,), baseline_batch=BASE_BATCH, baseline_lr=BASE_LR)
+        return float(given(law)[0])
+
+    assert likelihood(1.0) == likelihood(2.0) == likelihood(1e9) == 0.0
+    assert 0.0 > likelihood(0.9) > likelihood(0.1)
 
 
 def test_no_observations_say_nothing() -> None:
