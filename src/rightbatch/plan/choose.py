@@ -328,6 +328,7 @@ _EDGE_SHARE = {"plain": 1 / 2, "normalised": 1 / 8}
 """The learning rate to begin with, as a share of the one at which a ramp explodes. On a quadratic
 gradient descent diverges beyond 2/λ and is quickest at 1/λ: a half. An optimizer that normalises
 has no such point: its first steps are as long as the learning rate says, and it explodes late."""
+_MOST_ABOVE_BASELINE = 1.5
 _USUAL_RATE = {"plain": 0.1, "normalised": 1e-3}
 
 
@@ -369,7 +370,10 @@ def rate_at(evidence: Evidence, batch: int) -> float:
     noise = noise_guide(evidence)
     at = evidence.learning_rate.global_batch
     ratio = (1 + noise / at) / (1 + noise / batch)
-    return baseline_rate(evidence) * (math.sqrt(ratio) if evidence.setting.normalised else ratio)
+    if evidence.setting.normalised:
+        return baseline_rate(evidence) * math.sqrt(ratio)
+    # The ramp's edge has already met the curvature, which no batch moves.
+    return baseline_rate(evidence) * min(ratio, _MOST_ABOVE_BASELINE)
 
 
 def _choose_by_probes(evidence: Evidence) -> _Choice:
