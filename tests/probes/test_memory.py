@@ -22,7 +22,6 @@ import rightbatch as rb
 from rightbatch.device import memory as device_memory
 from rightbatch.errors import NoBatchFitsError, ProbeError, UsageError, WorkloadError
 from rightbatch.isolate import Child
-from rightbatch.laws.search import Trial
 from rightbatch.probes import memory
 from rightbatch.probes.memory import MemoryRecord, measure_memory
 from rightbatch.probes.memory_trial import SentWorkload, survey, train_at
@@ -490,29 +489,49 @@ def test_an_answer_close_to_the_limit_must_fit_in_a_second_process(monkeypatch):
     assert [t.verdict for t in record.trials if t.micro_batch == 9] == ["oom"]
 
 
+class KeptChild(Child):
+    """A child that outlives the probe, so that the truth is sought in forks of the same process.
+
+    Heaps differ between processes by several per cent of a training; between forks they do not.
+    """
+
+    def close(self) -> None: ...
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["450MiB", "1000MiB"])
+@pytest.mark.parametrize("limit", ["450MiB", "800MiB"])
 @pytest.mark.parametrize("model", [WideMLP, Recurrent, Attention])
-def test_at_least_90_percent_of_the_true_ceiling(model, limit):
+def test_at_least_90_percent_of_the_true_ceiling(model, limit, monkeypatch):
     workload = make_workload(
         make_model=model,
         train_data=(torch.randn(4000, 32, 8), torch.zeros(4000)),
         make_optimizer=lambda params, lr: torch.optim.Adam(params, lr=lr),
     )
-    record = measure_memory(workload, memory_limit=limit)
-    with Child(SentWorkload(workload), preload=["torch._dynamo"]) as child:
+    child = KeptChild(SentWorkload(workload), preload=["torch._dynamo"])
+    monkeypatch.setattr(memory, "_send", lambda _workload, _device: child)
+    try:
+        record = measure_memory(workload, memory_limit=limit)
         found = child.run(survey).value
-        child.memory_limit_bytes = record.limit_bytes
 
-        def run(size):
-            result = child.run(train_at, size, found, "cpu", "float32", 3.0)
+        def fits(size):
+            result = child.run(
+                train_at,
+                size,
+                found,
+                "cpu",
+                "float32",
+                3.0,
+                memory_limit_bytes=record.limit_bytes,
+            )
             assert result.verdict in {"fits", "oom"}
-            return Trial(size=size, fits=result.verdict == "fits")
+            return result.verdict == "fits"
 
         # By doubling and bisection, without any law, to 2 %.
         lo, hi = record.ceiling.micro_batch, 4001
-        assert run(lo).fits
+        assert fits(lo)
         while hi - lo > max(1, lo // 50):
             middle = min(2 * lo, (lo + hi) // 2)
-            lo, hi = (middle, hi) if run(middle).fits else (lo, middle)
+            lo, hi = (middle, hi) if fits(middle) else (lo, middle)
+    finally:
+        Child.close(child)
     assert record.ceiling.micro_batch >= 0.9 * lo, record.trials

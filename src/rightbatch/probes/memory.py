@@ -287,6 +287,13 @@ class _MemoryProbe:
                 break
             # What had seemed to fit does not: one more size may be looked at.
             search = replace(search, max_trials=max(6, len(self.trials) + 1))
+        headroom = self.limit_bytes - self.usages[answer].peak_bytes
+        if headroom < _CLOSE * self.limit_bytes and self.child.device == "cpu":
+            self.notes.append(
+                f"{answer} examples leave {format_bytes(headroom)} of the limit. The heap of the C "
+                "library fragments differently in every process, by some per cent of what is "
+                "trained with: for a long run choose a little less."
+            )
         self.proven = search.proven(self.law_trials())
         if not self.proven:
             self.notes.append(
