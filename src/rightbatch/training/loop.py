@@ -93,8 +93,9 @@ class Training:
         self.recipe = recipe
         self.seed = seed
         self.device = device
-        self.model = workload.build_model(seed, device)
-        self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
+        with torch.inference_mode(False):
+            self.model = workload.build_model(seed, device)
+            self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
         self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.steps = 0
         self.examples = 0
@@ -124,12 +125,14 @@ class Training:
         """
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.model = copy.deepcopy(self.model)
-        copied.optimizer = self.workload.make_optimizer(
-            copied.model.parameters(), recipe.learning_rate
-        )
+        with torch.inference_mode(False):
+            copied.model = copy.deepcopy(self.model)
+            copied.optimizer = self.workload.make_optimizer(
+                copied.model.parameters(), recipe.learning_rate
+            )
         copied._base_lrs = [group["lr"] for group in copied.optimizer.param_groups]
-        copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        with torch.inference_mode(False):
+            copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         for group, lr in zip(copied.optimizer.param_groups, copied._base_lrs, strict=True):
             group["lr"] = lr
         copied._losses = []
@@ -143,7 +146,8 @@ class Training:
             num_steps: Updates to do.
         """
         autocast = _AUTOCAST[self.recipe.precision]
-        with self._own_random_state():
+        # The caller may have switched gradients off, as a callback of an evaluation has.
+        with self._own_random_state(), torch.inference_mode(False), torch.enable_grad():
             for _ in range(num_steps):
                 if self.diverged:
                     return
