@@ -5,7 +5,7 @@ from __future__ import annotations
 from rightbatch.cli.table import make_table, make_wrapped_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.plan.choose import max_micro_batch, step_seconds
+from rightbatch.plan.choose import BASELINE_BATCH, max_micro_batch, step_seconds
 from rightbatch.plan.records import Plan
 from rightbatch.study.records import RaceRecord, TrialRecord
 
@@ -16,7 +16,8 @@ _LABELS = {
     "warmup_steps": "warm-up steps",
 }
 """Fields of the recipe whose names people write otherwise."""
-_KINDS = {"baseline": "baseline", "branch": "branch", "run": "fresh run"}
+_LEAST_SHOWN = 0.2
+"""Runs with fewer steps than this share of the leader's are told in a sentence."""
 
 
 def plan_text(plan: Plan) -> str:
@@ -59,39 +60,39 @@ def _gain(plan: Plan) -> str:
     race = plan.evidence.race
     if race is None:
         return ", as far as probes tell"
-    batch = race.baseline.global_batch
+    batch = BASELINE_BATCH
     advantage = advantage_of(plan)
     if advantage is None or advantage.value is None:
-        return f", the baseline itself: none of {_count_others(race)} others tried was better"
+        return ", the usual default batch" if plan.recipe.global_batch == batch else ""
     number = f"{_about(advantage.value)} ({_interval(advantage)})"
     goal = f"to {_target_text(plan, race)}"
     text = {
-        "examples": f": about {number} times fewer examples {goal} than batch {batch}",
-        "steps": f": about {number} times fewer steps {goal} than batch {batch}",
-    }.get(plan.goal, f": about {number} times as fast {goal} as batch {batch}")
+        "examples": f": about {number} times fewer examples {goal} than batch {batch} at its best",
+        "steps": f": about {number} times fewer steps {goal} than batch {batch} at its best",
+    }.get(plan.goal, f": about {number} times as fast {goal} as batch {batch} at its best")
     low, high = advantage.low or 0.0, advantage.high
     unsure = low <= 1.0 and (high is None or high >= 1.0)
     return f"{text}, a difference within the doubt" if unsure else text
 
 
 def advantage_of(plan: Plan) -> Estimate | None:
-    """How many times less the recipe needs than the baseline, in the unit of the plan's goal.
+    """How many times less the recipe needs than batch 32, in the unit of the plan's goal.
 
     Args:
         plan: The plan.
 
     Returns:
-        The ratio with its interval; None without a race, or where the recipe is the baseline.
+        The ratio with its interval; None without a race, or where the recipe's batch is 32.
     """
     race, prediction = plan.evidence.race, plan.prediction
     if race is None or prediction is None or prediction.speedup is None:
         return None
-    factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, race.baseline.global_batch)
+    factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, BASELINE_BATCH)
     # The speed-up is one of steps times this ratio of seconds; take it out, put the goal's in.
     if plan.goal == "steps":
         return _times(prediction.speedup, factor)
     if plan.goal == "examples":
-        share = race.baseline.global_batch / plan.recipe.global_batch
+        share = BASELINE_BATCH / plan.recipe.global_batch
         return _times(prediction.speedup, factor * share)
     return prediction.speedup
 
@@ -129,24 +130,12 @@ def _rests_on(plan: Plan) -> str:
     probes = "three probes" if plan.evidence.memory is None else "four probes"
     if race is None:
         return f"It rests on {probes}; nothing was trained."
+    sizes = len({t.global_batch for t in race.trials})
+    arrived = sum(t.state == "reached" for t in race.trials)
     return (
-        f"It rests on {probes}, one training with batch {race.baseline.global_batch} and "
-        f"{_count_runs(race)} shorter or competing runs."
+        f"It rests on {probes} and {len(race.trials)} runs with {sizes} "
+        f"{'size' if sizes == 1 else 'sizes'}, {arrived or 'none'} of them to the target."
     )
-
-
-def _count_runs(race: RaceRecord) -> int:
-    return len([t for t in _begun(race) if t.kind in {"branch", "run"}])
-
-
-def _count_others(race: RaceRecord) -> int:
-    """Pairs of batch and learning rate, other than the baseline's, that were run."""
-    cells = {(t.global_batch, t.learning_rate) for t in _begun(race) if t.kind in {"branch", "run"}}
-    return len(cells - {(race.baseline.global_batch, race.baseline.learning_rate)})
-
-
-def _begun(race: RaceRecord) -> list[TrialRecord]:
-    return [t for t in race.trials if t.points]
 
 
 def _reasons(plan: Plan) -> str:
@@ -208,29 +197,28 @@ def _seconds_interval(estimate: Estimate) -> tuple[str, str]:
 
 
 def _runs(race: RaceRecord) -> str:
-    ladder = [t for t in race.trials if t.kind == "ladder"]
+    leader = race.trials[race.leader]
+    shown = [t for t in race.trials if t.steps >= _LEAST_SHOWN * leader.steps]
+    short = [t for t in race.trials if t.steps < _LEAST_SHOWN * leader.steps]
     rows = [
         (
-            _KINDS[trial.kind],
             _ending(trial),
             f"{trial.global_batch:,}",
             show_number(_round(trial.learning_rate)),
             f"{trial.steps:,}",
             show_number(_round(_best_loss(trial))),
         )
-        for trial in _begun(race)
-        if trial.kind != "ladder"
+        for trial in sorted(shown, key=lambda t: (t.global_batch, t.learning_rate))
     ]
-    header = ("run", "how it ended", "batch", "learning rate", "steps", "best loss")
-    rates = [t.learning_rate for t in ladder]
-    before = (
-        f"Before them, {len(ladder)} short runs with batch {race.baseline_batch} at learning rates "
-        f"{show_number(_round(min(rates)))} to {show_number(_round(max(rates)))} found one that "
-        "trains."
+    header = ("run", "batch", "learning rate", "steps", "best loss")
+    rates = [t.learning_rate for t in short]
+    given_up = (
+        f"{len(short)} more, with learning rates {show_number(_round(min(rates)))} to "
+        f"{show_number(_round(max(rates)))}, were given up early."
         if rates
         else ""
     )
-    return f"{make_table(header, rows, left=2)}\n{wrap(before)}".rstrip()
+    return f"{make_table(header, rows)}\n{wrap(given_up)}".rstrip()
 
 
 def _best_loss(trial: TrialRecord) -> float | None:
@@ -242,7 +230,7 @@ def _ending(trial: TrialRecord) -> str:
         return "diverged"
     if trial.steps_to_target is not None:
         return f"met the target at step {trial.steps_to_target:,}"
-    return "ended as planned" if trial.kind == "branch" else "stopped"
+    return "stopped"
 
 
 def _cost(plan: Plan) -> str:
@@ -253,7 +241,7 @@ def _cost(plan: Plan) -> str:
         if cost.full_trainings is None or race is None
         else (
             f", as many examples as {show_number(_round(cost.full_trainings))} full trainings "
-            f"with batch {race.baseline.global_batch}"
+            f"with batch {BASELINE_BATCH}"
         )
     )
     threads = "1 thread" if environment.num_threads == 1 else f"{environment.num_threads} threads"

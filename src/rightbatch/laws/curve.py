@@ -1,12 +1,15 @@
-"""The baseline's learning curve as a ruler: from a loss to the progress it stands for, and back.
+"""The learning curve of a run, and what two curves say of each other at the same loss.
 
-A ruler must be monotone; a validation loss is not. The logarithm of the loss is smoothed over
-neighbouring evaluations and its running minimum taken. Beyond the last point the curve goes on
-with its local slope −d ln ℓ / d ln p, from a parabola through its last two e-folds of progress.
+Runs that share initial weights and data order are compared in two ways. At the same step and
+batch: who has the lower loss. At the same loss: how many steps each took to it, which carries
+over to other batches. A validation loss is noisy and not monotone; its logarithm is smoothed over
+neighbouring evaluations, and for steps to a loss the running minimum is taken.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,79 +17,155 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-_FLATTEST = 0.04
-"""Slopes below this are taken as this: beyond it a loss says nothing about progress."""
+_FLATTEST = 0.05
+"""Slopes below this are taken as this: a flat curve says nothing of how far there is to go."""
+_RECENT = 0.8
+"""A loss at a step is the mean of the evaluations since this share of the steps."""
+_COMPARED = 0.6
+"""Runs are compared at the losses that one had in this last part of its way."""
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """ln loss against ln progress of one run, monotone.
+    """Evaluations of one run.
 
     Attributes:
-        ln_progress: Ascending, shape (points,).
-        ln_loss: Descending, shape (points,).
-        parabola: Coefficients of ln ℓ against ln p near the end, highest power first.
+        steps: Ascending, positive, shape (points,).
+        ln_loss: As evaluated; inf where it was not a number. Shape (points,).
+        smooth: Mean over three neighbours, shape (points,).
+        falling: Running minimum of `smooth`, shape (points,).
     """
 
-    ln_progress: Array
+    steps: Array
     ln_loss: Array
-    parabola: Array
+    smooth: Array
+    falling: Array
 
-    def slope(self, ln_progress: Array | float) -> Array:
-        """σ = −d ln ℓ / d ln p there, at least 0.04."""
-        inside = np.clip(ln_progress, self.ln_progress[-1] - 2.0, self.ln_progress[-1] + 0.3)
-        square, linear = self.parabola[0], self.parabola[1]
-        return np.maximum(-(2 * square * inside + linear), _FLATTEST)
+    @property
+    def last_step(self) -> float:
+        """Where the curve ends; 0 for one without a point."""
+        return float(self.steps[-1]) if len(self.steps) else 0.0
 
-    def ln_progress_at(self, ln_loss: Array | float) -> Array:
-        """Where the curve has this loss, as ln of the progress; extrapolated outside."""
-        ln_loss = np.asarray(ln_loss, dtype=float)
-        within = np.interp(-ln_loss, -self.ln_loss, self.ln_progress)
-        last = self.ln_progress[-1]
-        beyond = last + (self.ln_loss[-1] - ln_loss) / self.slope(last)
-        before = self.ln_progress[0] - (ln_loss - self.ln_loss[0]) / 0.3
-        return np.where(
-            ln_loss < self.ln_loss[-1], beyond, np.where(ln_loss > self.ln_loss[0], before, within)
-        )
+    def log_loss_at(self, step: float) -> float:
+        """The mean ln loss of the evaluations shortly before a step; inf if one was no number.
+
+        Args:
+            step: At most the last step.
+
+        Returns:
+            The mean, or inf where the curve does not reach.
+        """
+        seen = (self.steps <= step * 1.001) & (self.steps >= _RECENT * step)
+        if not seen.any():
+            before = np.flatnonzero(self.steps <= step)
+            return float(self.ln_loss[before[-1]]) if len(before) else math.inf
+        return float(self.ln_loss[seen].mean())
+
+    def steps_to(self, ln_loss: float) -> float:
+        """Steps until the loss was first this low, interpolated; inf if it never was."""
+        below = np.flatnonzero(self.falling <= ln_loss)
+        if not len(below):
+            return math.inf
+        i = int(below[0])
+        if i == 0 or not math.isfinite(self.falling[i - 1]):
+            return float(self.steps[i])
+        high, low = float(self.falling[i - 1]), float(self.falling[i])
+        share = (high - ln_loss) / (high - low)
+        return float(self.steps[i - 1] + share * (self.steps[i] - self.steps[i - 1]))
+
+    def share_of_way(self, ln_target: float) -> float:
+        """Steps done as a share of those to a loss, carried on with the slope of late.
+
+        The slope is −d ln ℓ / d ln n over the last factor of two in steps.
+
+        Args:
+            ln_target: ln of the loss to reach.
+
+        Returns:
+            Between 0 and 1; 0 where there are too few evaluations to tell.
+        """
+        late = self.steps >= self.last_step / 2
+        if late.sum() < 4 or not np.isfinite(self.ln_loss[late]).all():
+            return 0.0
+        fit = np.polyfit(np.log(self.steps[late]), self.ln_loss[late], 1)
+        slope, at_one = float(fit[0]), float(fit[1])
+        now = at_one + slope * math.log(self.last_step)
+        return math.exp(-max(0.0, now - ln_target) / max(-slope, _FLATTEST))
 
 
-def make_loss_curve(progress: Array, losses: Array) -> LossCurve:
-    """Makes a ruler of a run's evaluations.
+def make_loss_curve(steps: Sequence[float], losses: Sequence[float | None]) -> LossCurve:
+    """Makes the curve of a run's evaluations.
 
     Args:
-        progress: Σ η at each evaluation, positive, shape (points ≥ 3,).
-        losses: The loss there, positive and finite, shape (points,).
+        steps: Steps at each evaluation, ascending and positive.
+        losses: The loss there, positive; None or inf where it was not a number.
 
     Returns:
         The curve.
 
     Raises:
-        ValueError: If there are fewer than three points, or a progress or a loss is not positive
-            and finite.
+        ValueError: If the lengths differ, or the steps do not ascend from above 0.
 
     Example:
-        >>> curve = make_loss_curve(np.array([1.0, 2.0, 4.0, 8.0]), np.array([8.0, 4.0, 2.0, 1.0]))
-        >>> round(float(np.exp(curve.ln_progress_at(np.log(0.5)))), 1)
-        16.0
+        >>> curve = make_loss_curve([1, 2, 4, 8], [8.0, 4.0, 2.0, 1.0])
+        >>> round(math.exp(curve.log_loss_at(4)), 6)
+        2.0
     """
-    for name, numbers in (("progress", progress), ("loss", losses)):
-        if len(numbers) < 3 or not (np.isfinite(numbers).all() and (numbers > 0).all()):
-            raise ValueError(
-                f"A loss curve needs at least 3 positive finite numbers as {name}, and got "
-                f"{numbers.tolist()}."
-            )
-    order = np.argsort(progress, kind="stable")
-    ln_progress, raw = np.log(progress[order]), np.log(losses[order])
-    smooth = np.array([raw[max(0, i - 1) : i + 2].mean() for i in range(len(raw))])
-    smooth[0], smooth[-1] = raw[0], raw[-2:].mean() if len(raw) > 8 else raw[-1]
-    falling = np.minimum.accumulate(smooth) - 1e-9 * np.arange(len(raw))
-    near_end = ln_progress > ln_progress[-1] - 2.0
-    degree = 2 if near_end.sum() >= 6 else 1
-    if near_end.sum() < 2:
-        near_end[-2:] = True
-    parabola: Array = np.asarray(
-        np.polyfit(ln_progress[near_end], raw[near_end], degree), dtype=np.float64
+    at = np.array(steps, dtype=np.float64)
+    if len(steps) != len(losses) or (len(at) and (at[0] <= 0 or (np.diff(at) <= 0).any())):
+        raise ValueError(
+            f"A loss curve needs ascending positive steps and as many losses; got {list(steps)} "
+            f"and {len(losses)} losses."
+        )
+    finite = [x if x is not None and 0 < x < math.inf else math.inf for x in losses]
+    raw: Array = np.log(np.array(finite, dtype=np.float64))
+    padded = np.pad(raw, 1, mode="edge") if len(raw) else raw
+    smooth: Array = (
+        np.array([padded[i : i + 3].mean() for i in range(len(raw))]) if len(raw) else raw
     )
-    if degree == 1:
-        parabola = np.concatenate([[0.0], parabola])
-    return LossCurve(ln_progress, np.asarray(falling, dtype=np.float64), parabola)
+    return LossCurve(at, raw, smooth, np.minimum.accumulate(smooth) if len(raw) else raw)
+
+
+@dataclass(frozen=True)
+class StepRatio:
+    """How many times the steps one run took that another did to the same losses.
+
+    Attributes:
+        log_ratio: Mean ln of the ratio, over the losses of the last part of the shorter way;
+            inf where they have no loss in common.
+        share: How far along its own way the other was at the lowest loss compared, 0 to 1.
+    """
+
+    log_ratio: float
+    share: float
+
+
+def compare_steps(reference: LossCurve, other: LossCurve) -> StepRatio:
+    """Compares the steps of two runs to the same losses.
+
+    Args:
+        reference: The run that steps are counted against.
+        other: The run in question.
+
+    Returns:
+        ln(steps of `other` / steps of `reference`).
+
+    Example:
+        >>> fast = make_loss_curve([1, 2, 4, 8], [8.0, 4.0, 2.0, 1.0])
+        >>> slow = make_loss_curve([2, 4, 8], [8.0, 4.0, 2.0])
+        >>> round(math.exp(compare_steps(fast, slow).log_ratio), 1)
+        2.0
+    """
+    ratios: list[float] = []
+    share = 0.0
+    for step, ln_loss in zip(other.steps, other.falling, strict=True):
+        if step < _COMPARED * other.last_step or not math.isfinite(ln_loss):
+            continue
+        # Where the other has gone beyond, the reference's end is all there is to compare with.
+        goal = max(float(ln_loss), float(reference.falling[-1]))
+        theirs = reference.steps_to(goal)
+        ratios.append(math.log(other.steps_to(goal) / theirs))
+        share = max(share, theirs / reference.last_step)
+    if not ratios:
+        return StepRatio(math.inf, 0.0)
+    return StepRatio(float(np.mean(ratios)), share)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rightbatch.laws.curve import compare_steps
 from rightbatch.laws.efficiency import Price, cost_optimal_batch
 from rightbatch.laws.estimate import Estimate
 from rightbatch.laws.split import Split, split_batch
@@ -23,9 +24,9 @@ from rightbatch.plan.records import (
 )
 from rightbatch.probes.throughput import ThroughputRecord
 from rightbatch.recipe import Recipe
-from rightbatch.study.conclude import Cell, Outlook, conclude, near_best
-from rightbatch.study.race import contenders
-from rightbatch.study.records import RaceRecord
+from rightbatch.study.conclude import Outlook, choose_trial, conclude, near_best, trial_curve
+from rightbatch.study.records import RaceRecord, TrialRecord
+from rightbatch.study.runs import Cell
 
 BASELINE_BATCH = 32
 _PRICES = {
@@ -46,6 +47,7 @@ class _Choice:
     batch_reason: Reason
     lr_reason: Reason
     warnings: tuple[str, ...]
+    one_training: float | None = None
 
 
 def make_price(
@@ -132,7 +134,6 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         learning_rate=choice.cell.learning_rate,
     )
     examples = count_examples(evidence)
-    baseline = race.baseline.examples if race else None
     return Plan(
         workload=workload,
         goal=setting.goal,
@@ -145,7 +146,7 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         cost=Cost(
             examples=examples,
             seconds=seconds,
-            full_trainings=None if not baseline else examples / baseline,
+            full_trainings=examples / choice.one_training if choice.one_training else None,
         ),
         warnings=(*choice.warnings, *_general_warnings(evidence)),
     )
@@ -172,94 +173,118 @@ def _choose_by_race(evidence: Evidence, race: RaceRecord) -> _Choice:
     price = make_price(
         setting.goal, evidence.throughput, max_micro_batch(evidence), setting.replicas
     )
-    outlook = conclude(
-        race.trials,
-        target_loss=race.target_loss,
-        normalised=race.normalised,
-        sizes=race.sizes,
-        price=price,
-        seed=setting.seed,
-    )
-    baseline = Cell(
-        global_batch=race.baseline.global_batch, learning_rate=race.baseline.learning_rate
-    )
-    cell = outlook.best(contenders(race))
-    low, high = near_best(outlook, cell)
-    prediction = _predict(evidence, race, outlook, cell, baseline)
-    arrived = any(
-        t.state == "reached"
-        and (t.global_batch, t.learning_rate) == (cell.global_batch, cell.learning_rate)
-        for t in race.trials
-    )
-    speedup = prediction.speedup
-    times = _interval(speedup) if speedup else "?"
-    because = (
-        f"It is the baseline itself: none of the {_count_runs(race)} other runs was better."
-        if cell == baseline
-        else f"Least predicted cost among the runs: {times} times as fast as batch "
-        f"{baseline.global_batch} at its learning rate {baseline.learning_rate:.3g}."
-    )
+    outlook = conclude(race, price, seed=setting.seed)
+    trial = race.trials[choose_trial(outlook, race.leader)]
+    low, high = near_best(outlook, trial.global_batch)
+    default = _default_steps(race, outlook)
     return _Choice(
-        cell=cell,
+        cell=Cell(global_batch=trial.global_batch, learning_rate=trial.learning_rate),
         near_best=NearBest(low=low, high=high),
-        prediction=prediction,
-        batch_reason=Reason(field="global_batch", because=because, source="race"),
-        lr_reason=Reason(
-            field="learning_rate", because=_rate_reason(evidence, outlook, cell), source="race"
+        prediction=_predict(evidence, race, outlook, trial),
+        batch_reason=Reason(
+            field="global_batch", because=_batch_reason(race, outlook, trial), source="race"
         ),
-        warnings=tuple(_race_warnings(evidence, race, cell, arrived)),
+        lr_reason=Reason(
+            field="learning_rate", because=_rate_reason(evidence, race, trial), source="race"
+        ),
+        warnings=tuple(_race_warnings(evidence, race, trial)),
+        one_training=None if default is None else default * BASELINE_BATCH,
     )
 
 
-def _count_runs(race: RaceRecord) -> int:
-    return sum(t.kind in {"branch", "run"} for t in race.trials)
+def _leader_steps(race: RaceRecord) -> float:
+    """Steps of the leader to the target, or those it did."""
+    leader = race.trials[race.leader]
+    return float(leader.steps_to_target or leader.steps)
 
 
-def _rate_reason(evidence: Evidence, outlook: Outlook, cell: Cell) -> str:
-    own = outlook.expected[outlook.index(cell)]
-    parts: list[str] = []
-    for factor, words in ((2.0, "twice"), (0.5, "half")):
-        other = next(
-            (
-                c
-                for c in outlook.cells
-                if c.global_batch == cell.global_batch
-                and math.isclose(c.learning_rate, factor * cell.learning_rate, rel_tol=1e-6)
-            ),
-            None,
+def _default_steps(race: RaceRecord, outlook: Outlook) -> float | None:
+    """Predicted steps of the usual default, batch 32 at its best learning rate."""
+    if BASELINE_BATCH not in outlook.sizes:
+        return None
+    return _leader_steps(race) * outlook.step_ratio(BASELINE_BATCH)
+
+
+def _batch_reason(race: RaceRecord, outlook: Outlook, trial: TrialRecord) -> str:
+    critical = outlook.critical_batch
+    law = (
+        f"critical batch about {critical.median:.2g} "
+        f"({critical.quantile(0.025):.2g} to {critical.quantile(0.975):.2g})"
+    )
+    if not outlook.seen:
+        return f"Expected to be cheapest, with a usual {law}; no other size was run far enough."
+    ratios = [
+        f"batch {s.measured.global_batch} took {math.exp(s.measured.log_ratio):.2g} ×"
+        for s in outlook.seen
+    ]
+    best = "Least predicted cost"
+    if trial.global_batch == outlook.leader and len(outlook.sizes) > 1:
+        best = "No other size is expected to be cheaper"
+    return (
+        f"{best}: to the same loss, against the steps of batch {outlook.leader}, "
+        f"{', '.join(ratios)}; {law}."
+    )
+
+
+_TOLD_HALF_OCTAVES = (2, 1, -1, -2)
+
+
+def _rate_reason(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> str:
+    at_batch = [t for t in race.trials if t.global_batch == trial.global_batch]
+    if len(at_batch) == 1 and len(race.trials) > 1:
+        leader = race.trials[race.leader]
+        return (
+            f"Carried from {leader.learning_rate:.3g}, the best at batch {leader.global_batch}, by "
+            f"the {'square root of the ' if race.normalised else ''}saturating law; no other was "
+            "tried here."
         )
-        if other is not None:
-            change = math.exp(outlook.expected[outlook.index(other)] - own)
-            parts.append(f"{words} of it is predicted to take {change:.2g} × as long")
+    own = trial_curve(trial)
+    parts: list[str] = []
+    for half_octaves in _TOLD_HALF_OCTAVES:
+        factor = 2.0 ** (half_octaves / 2)
+        rate = factor * trial.learning_rate
+        other = next((t for t in at_batch if math.isclose(t.learning_rate, rate)), None)
+        if other is None:
+            continue
+        ratio = compare_steps(own, trial_curve(other)).log_ratio
+        if other.state == "diverged":
+            parts.append(f"{factor:.2g} × it diverged")
+        elif math.isfinite(ratio):
+            parts.append(f"{factor:.2g} × it took {math.exp(ratio):.2g} × the steps")
     edge = evidence.learning_rate.edge.value
     if edge is not None:
         batch = evidence.learning_rate.global_batch
         parts.append(f"at batch {batch} a ramp exploded near {edge:.2g}")
-    text = "; ".join(parts)
-    return text[:1].upper() + text[1:] + "."
+    told = f": to the same loss, {'; '.join(parts)}" if parts else ""
+    tried = f"Ahead of the {len(at_batch) - 1} others tried" if len(at_batch) > 1 else "As started"
+    return f"{tried} at this batch{told}."
 
 
 def _predict(
-    evidence: Evidence, race: RaceRecord, outlook: Outlook, cell: Cell, baseline: Cell
+    evidence: Evidence, race: RaceRecord, outlook: Outlook, trial: TrialRecord
 ) -> Prediction:
     setting = evidence.setting
-    log_steps = outlook.log_steps[:, outlook.index(cell)]
     largest = max_micro_batch(evidence)
 
     def seconds(batch: int) -> float:
         return step_seconds(evidence.throughput, batch, largest, setting.replicas)
 
-    n = _count_runs(race) + 1
-    ratio = (
-        outlook.log_steps[:, outlook.index(baseline)]
-        - log_steps
-        + math.log(seconds(baseline.global_batch) / seconds(cell.global_batch))
-    )
+    size = trial.global_batch
+    ratio = outlook.log_steps[:, outlook.sizes.index(size)]
+    log_steps = math.log(_leader_steps(race)) + ratio
+    if trial.steps_to_target is not None:
+        log_steps = np.full(len(ratio), math.log(trial.steps_to_target))
+    n = len(race.trials)
+    default = BASELINE_BATCH if BASELINE_BATCH in outlook.sizes and size != BASELINE_BATCH else None
+    speedup = None
+    if default is not None:
+        against = outlook.log_steps[:, outlook.sizes.index(default)] - ratio
+        speedup = _estimate(against + math.log(seconds(default) / seconds(size)), 1.0, n)
     return Prediction(
         steps=_estimate(log_steps, 1.0, n),
-        seconds=_estimate(log_steps, seconds(cell.global_batch), n),
-        examples=_estimate(log_steps, float(cell.global_batch), n),
-        speedup=None if cell == baseline else _estimate(ratio, 1.0, n),
+        seconds=_estimate(log_steps, seconds(size), n),
+        examples=_estimate(log_steps, float(size), n),
+        speedup=speedup,
     )
 
 
@@ -276,31 +301,32 @@ def _estimate(logs: Sequence[float] | np.ndarray, unit: float, n: int) -> Estima
         low=math.exp(middle - 1.96 * spread) * unit,
         high=math.exp(middle + 1.96 * spread) * unit,
         n=n,
-        method="posterior of the law of progress, and the usual spread between seeds",
+        method="posterior of the critical batch, and the usual spread between seeds",
     )
 
 
-def _race_warnings(evidence: Evidence, race: RaceRecord, cell: Cell, arrived: bool) -> list[str]:
+def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> list[str]:
     setting = evidence.setting
+    leader = race.trials[race.leader]
+    came = f"batch {leader.global_batch} in {leader.examples:,} examples"
+    early = race.stopped_by in {"time", "interrupt"}
     found: list[str] = []
     if setting.target is None:
         found.append(
             f"No target was given. The loss counts as trained at {race.target_loss:.4g}, which "
-            f"batch {race.baseline_batch} reached in {race.baseline.examples:,} examples. Pass "
-            "target='val_loss<=…' to plan for the loss that you want."
+            f"{came} reached. Pass target='val_loss<=…' to plan for the loss that you want."
         )
     elif not race.target_reached:
         found.append(
-            f"The target {setting.target} was not reached by the baseline in "
-            f"{race.baseline.examples:,} examples; the plan is made for the loss it did reach, "
-            f"{race.target_loss:.4g}. Give a larger budget, or check the target."
+            f"The target {setting.target} was not reached by {came}; the plan is made for the "
+            f"loss it did reach, {race.target_loss:.4g}. Give a larger budget, or check the target."
         )
-    if not arrived and race.target_reached:
+    elif trial.state != "reached":
         found.append(
-            f"The run with batch {cell.global_batch} was stopped by the budget before it met the "
+            f"The run with batch {trial.global_batch} was stopped by the budget before it met the "
             "target; that it will is predicted, not seen."
         )
-    if race.stopped_by in {"time", "interrupt"}:
+    if early:
         found.append(f"The race was ended early ({race.stopped_by}); this is its best so far.")
     return found
 
@@ -332,7 +358,7 @@ _MOST_ABOVE_BASELINE = 1.5
 _USUAL_RATE = {"plain": 0.1, "normalised": 1e-3}
 
 
-def baseline_rate(evidence: Evidence) -> float:
+def starting_rate(evidence: Evidence) -> float:
     """The learning rate to begin with at the range test's batch.
 
     The share of the ramp's edge that theory gives. The usual suggestions (steepest, valley, a
@@ -371,9 +397,9 @@ def rate_at(evidence: Evidence, batch: int) -> float:
     at = evidence.learning_rate.global_batch
     ratio = (1 + noise / at) / (1 + noise / batch)
     if evidence.setting.normalised:
-        return baseline_rate(evidence) * math.sqrt(ratio)
+        return starting_rate(evidence) * math.sqrt(ratio)
     # The ramp's edge has already met the curvature, which no batch moves.
-    return baseline_rate(evidence) * min(ratio, _MOST_ABOVE_BASELINE)
+    return starting_rate(evidence) * min(ratio, _MOST_ABOVE_BASELINE)
 
 
 def _choose_by_probes(evidence: Evidence) -> _Choice:
@@ -412,7 +438,7 @@ def _choose_by_probes(evidence: Evidence) -> _Choice:
             field="learning_rate",
             because=(
                 f"The range test at batch {probe.global_batch} allows "
-                f"{baseline_rate(evidence):.3g}, carried to batch {batch} by the "
+                f"{starting_rate(evidence):.3g}, carried to batch {batch} by the "
                 f"{'square root of the ' if setting.normalised else ''}saturating law."
             ),
             source="learning-rate probe",

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,12 +22,12 @@ from rightbatch.isolate import preserved_state
 from rightbatch.laws.split import split_batch
 from rightbatch.plan.choose import (
     BASELINE_BATCH,
-    baseline_rate,
     choose,
     count_examples,
     make_price,
     max_micro_batch,
     open_sizes,
+    starting_rate,
     step_seconds,
 )
 from rightbatch.plan.records import Effort, Environment, Evidence, Goal, Plan, Setting
@@ -37,7 +37,7 @@ from rightbatch.probes.noise import measure_noise_scale
 from rightbatch.probes.throughput import measure_throughput
 from rightbatch.recipe import Recipe
 from rightbatch.study.contestant import TrainingContestant, looked_at
-from rightbatch.study.race import Race, RaceSettings
+from rightbatch.study.race import UNIT_BATCH, Race, RaceSettings
 from rightbatch.study.records import RaceRecord
 from rightbatch.training import Training
 from rightbatch.workload import Workload, check_workload
@@ -51,11 +51,13 @@ _TIMED_SIZES = (1, 8, 32, 128)
 _MOST_TIMED = 5000
 """Timed examples cost as much as trained ones: about this many have to do for the law."""
 MOST_EPOCHS = 100
-"""The baseline gives up on the target after this many epochs when no budget ends it before."""
+"""A run gives up on the target after this many epochs when no budget ends it before."""
 EPOCHS_WITHOUT_TARGET = 10.0
-"""Without a target, the loss that the baseline has after this many epochs is the target."""
+"""Without a target, the loss that the best run has after this many epochs is the target."""
 _FEWEST_EPOCHS = 2.0
-"""A race whose baseline could not do this many epochs within the budget is not begun."""
+"""A race whose runs could not do this many epochs within the budget is not begun."""
+_RUNS_PAID_FOR = 5
+"""A race takes about as long as this many of its runs."""
 _DURATION = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>s|sec|min|m|h)?\s*")
 _UNITS = {None: 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
@@ -78,12 +80,12 @@ def make_plan(
     Args:
         workload: What to train.
         goal: `time`: least modelled seconds to the target; `examples`: least compute; `steps`:
-            fewest updates; `quality`: the best loss for what the baseline costs.
+            fewest updates; `quality`: the best loss for what one run costs.
         effort: `probe`: measure, run no training. `race`: a few runs' cost. `auto`: a race if
             one fits the budget.
         budget: Wall time, such as `"2min"` or seconds. Default: two minutes for `auto`; none
             otherwise.
-        target: What counts as trained. Default: the workload's, else what the baseline reaches.
+        target: What counts as trained. Default: the workload's, else what the best run reaches.
         memory_limit: Bytes, or text such as `"8GiB"`. Default: what is free.
         replicas: Data-parallel workers that will train.
         device: Where to measure.
@@ -286,78 +288,85 @@ def _race_if_wanted(
     if setting.effort == "probe":
         return None, ()
     sizes = open_sizes(setting.num_examples, setting.replicas)
-    batch = min(sizes, key=lambda size: abs(size - BASELINE_BATCH))
+    batch = min(sizes, key=lambda size: abs(size - UNIT_BATCH))
     ceiling = max_micro_batch(evidence)
     epoch_seconds = step_seconds(evidence.throughput, batch, ceiling) * setting.num_examples / batch
     left = None
     most_epochs = float(MOST_EPOCHS)
     if setting.budget_seconds is not None:
         left = max(0.0, setting.budget_seconds - (time.monotonic() - started))
-        # A third of what is left for the baseline leaves room for the rest of the race.
-        most_epochs = min(most_epochs, left / 3 / epoch_seconds)
+        most_epochs = min(most_epochs, left / _RUNS_PAID_FOR / epoch_seconds)
     if setting.effort == "auto" and most_epochs < _FEWEST_EPOCHS:
-        needed = (3 * _FEWEST_EPOCHS * epoch_seconds + time.monotonic() - started) / 60
+        wanted = _RUNS_PAID_FOR * _FEWEST_EPOCHS * epoch_seconds
+        needed = (wanted + time.monotonic() - started) / 60
         return None, (
             f"{_NOT_RACED}: it would need about {math.ceil(needed)} minutes or more. A larger "
             "budget, or effort='race', can change batch size and learning rate.",
         )
     if setting.target is None:
         most_epochs = min(most_epochs, EPOCHS_WITHOUT_TARGET)
-    race = _run_race(workload, evidence, batch, most_epochs, left, say)
+    race = run_race(workload, evidence, sizes, epochs=most_epochs, seconds=left, say=say)
     if race is None:
         return None, (
-            f"{_NOT_RACED} to the end of its baseline, which is what runs are compared with: "
-            "it was ended early, or its loss left the numbers.",
+            f"{_NOT_RACED} far enough to tell: it was ended early, or the loss left the numbers at "
+            "every learning rate.",
         )
     return race, ()
 
 
-def _run_race(
+def run_race(
     workload: Workload,
     evidence: Evidence,
-    batch: int,
-    most_epochs: float,
-    seconds: float | None,
-    say: Progress,
+    sizes: Sequence[int],
+    *,
+    epochs: float,
+    seconds: float | None = None,
+    say: Progress | None = None,
 ) -> RaceRecord | None:
+    """Runs a race among some batch sizes.
+
+    Args:
+        workload: What to train.
+        evidence: What the probes measured.
+        sizes: Batch sizes open to choice, ascending; a single one asks for its learning rate.
+        epochs: One run goes no further.
+        seconds: Wall time, or None.
+        say: Called with what is being done, in words.
+
+    Returns:
+        Its record, or None where nothing can be recommended.
+    """
     setting, target = evidence.setting, workload.parsed_target
     ceiling = max_micro_batch(evidence)
 
-    def make_recipe(global_batch: int, learning_rate: float) -> Recipe:
+    def fresh(global_batch: int, learning_rate: float, seed: int) -> TrainingContestant:
         split = split_batch(global_batch, min(ceiling, global_batch), 1)
-        return Recipe(
+        recipe = Recipe(
             global_batch=split.global_batch,
             micro_batch=split.micro_batch,
             learning_rate=learning_rate,
         )
-
-    def fresh(global_batch: int, learning_rate: float, seed: int) -> TrainingContestant:
-        training = Training(
-            workload,
-            make_recipe(global_batch, learning_rate),
-            seed=seed,
-            device=setting.device,
-        )
-        return TrainingContestant(training, target, make_recipe)
+        training = Training(workload, recipe, seed=seed, device=setting.device)
+        return TrainingContestant(training, target)
 
     race = Race(
         fresh,
-        sizes=open_sizes(setting.num_examples, setting.replicas),
+        sizes=sizes,
         price=make_price(setting.goal, evidence.throughput, ceiling, setting.replicas),
-        first_lr=baseline_rate(evidence),
+        first_lr=starting_rate(evidence),
         normalised=setting.normalised,
         settings=RaceSettings(
-            baseline_batch=batch,
-            max_baseline_examples=max(batch * 64, int(most_epochs * setting.num_examples)),
+            most_examples=max(64 * min(sizes), int(epochs * setting.num_examples)),
             spent_examples=count_examples(evidence),
             seconds=seconds,
         ),
+        has_target=target is not None,
         target_loss=target.value if target and target.quantity.endswith("_loss") else None,
         seed=setting.seed,
         progress=say,
     )
     race.run()
-    if not race.has_ruler:
+    if not race.has_answer:
         return None
     return race.record(looked_at(workload, target).num_examples)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
-from rightbatch.recipe import Recipe
-from rightbatch.study.race import Look
+from rightbatch.study.runs import Look
 from rightbatch.training import Training
 from rightbatch.training.evaluate import evaluate
 from rightbatch.workload import Examples, Target, Workload
@@ -18,7 +16,7 @@ MOST_LOOKED_AT = 2048
 
 
 class TrainingContestant:
-    """A `Training` that a race can advance, look at and branch.
+    """A `Training` that a race can advance and look at.
 
     The loss that is compared is the validation loss, or without validation data the loss on a
     fixed part of the training set: losses of the updates themselves depend on their batch.
@@ -26,23 +24,11 @@ class TrainingContestant:
     Args:
         training: The run.
         target: What counts as trained, or None.
-        make_recipe: The recipe of a global batch and learning rate, split into micro-batches.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        target: Target | None,
-        make_recipe: Callable[[int, float], Recipe],
-    ) -> None:
+    def __init__(self, training: Training, target: Target | None) -> None:
         self._training = training
         self._target = target
-        self._make_recipe = make_recipe
-
-    def fork(self, global_batch: int, learning_rate: float) -> TrainingContestant:
-        """A copy that goes on with another batch and learning rate."""
-        copied = self._training.fork(self._make_recipe(global_batch, learning_rate))
-        return TrainingContestant(copied, self._target, self._make_recipe)
 
     def advance(self, num_steps: int) -> None:
         """Does `num_steps` updates."""

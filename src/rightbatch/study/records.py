@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["ladder", "baseline", "branch", "run"]
 State = Literal["reached", "stopped", "diverged"]
 
 
@@ -14,39 +13,30 @@ class TrialPoint:
     """One evaluation of a run.
 
     Attributes:
-        steps: Updates since the run began (for a branch: since it left the baseline).
-        progress: Σ learning rate over all its updates, the baseline's before a branch included.
+        steps: Updates since the run began.
         loss: The loss the race compares; None when it was not finite.
     """
 
     steps: int
-    progress: float
     loss: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One run of a race.
+    """One run of a race, from fresh weights at a constant batch and learning rate.
 
     Attributes:
-        kind: `ladder`: short runs that find a learning rate for the baseline. `baseline`: the one
-            run at the baseline's batch that goes to the target; its learning rate may be doubled
-            or halved on the way. `branch`: leaves the baseline half way to show what another
-            batch and learning rate does to a half-trained model. `run`: from fresh weights.
         global_batch: Examples per update.
-        learning_rate: Learning rate (the last one, for the baseline).
+        learning_rate: Learning rate.
         seed: Decides initial weights and data order.
-        start_progress: Progress at which a branch left the baseline; 0 for the others.
         state: How it ended.
         steps_to_target: Updates after which the target was first met, or None.
         points: Its evaluations.
     """
 
-    kind: Kind
     global_batch: int
     learning_rate: float
     seed: int
-    start_progress: float
     state: State
     steps_to_target: int | None
     points: tuple[TrialPoint, ...]
@@ -67,9 +57,10 @@ class RaceRecord:
     """A race: what it was about, and all its runs.
 
     Attributes:
-        baseline_batch: The baseline's batch.
+        leader: Index of the run that all others are compared with: the best learning rate that
+            was found at one size.
         target_loss: The loss that counted as trained in the race's comparison.
-        target_reached: Whether the baseline met the target that was asked for.
+        target_reached: Whether the leader met the target that was asked for.
         normalised: Whether the optimizer divides by the gradient's size.
         sizes: The batch sizes that were open to choice.
         trials: All runs.
@@ -79,7 +70,7 @@ class RaceRecord:
         stopped_by: What ended the race: `done`, `cost`, `time` or `interrupt`.
     """
 
-    baseline_batch: int
+    leader: int
     target_loss: float
     target_reached: bool
     normalised: bool
@@ -89,8 +80,3 @@ class RaceRecord:
     evaluation_examples: int
     seconds: float
     stopped_by: str
-
-    @property
-    def baseline(self) -> TrialRecord:
-        """The baseline's run."""
-        return next(t for t in self.trials if t.kind == "baseline")
