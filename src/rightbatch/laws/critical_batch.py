@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-PRIOR_MEDIAN, PRIOR_SPREAD = 150.0, 1.0
-"""Before anything is measured: critical batches of reported workloads, 20 to 900 and beyond."""
+USUAL = {"plain": 100.0, "averaging": 300.0}
+"""Before anything is measured: plain SGD, and optimizers that average gradients over steps
+(momentum, Adam), which carry on to larger batches (Zhang et al. 2019)."""
+_SPREAD = 1.0
+"""Standard deviation of ln B_c around the usual one: reported workloads go from 20 to 900."""
 MISFIT = 0.2
 """How far a size is off the hyperbola, standard deviation of ln steps."""
 _GRID = np.linspace(math.log(2.0), math.log(20_000.0), 400)
@@ -79,16 +82,14 @@ def infer_critical_batch(
     measured: Sequence[MeasuredSize],
     reference: int,
     *,
-    prior_median: float = PRIOR_MEDIAN,
-    prior_spread: float = PRIOR_SPREAD,
+    usual: float,
 ) -> CriticalBatch:
     """The posterior of the critical batch, given step ratios.
 
     Args:
         measured: Ratios against the reference batch; those at the reference tell nothing.
         reference: The batch they are counted against.
-        prior_median: Median of the prior, in examples.
-        prior_spread: Standard deviation of its logarithm.
+        usual: Median of the prior, in examples.
 
     Returns:
         The posterior.
@@ -96,10 +97,10 @@ def infer_critical_batch(
     Example:
         >>> ratio = math.log((1 + 64 / 256) / (1 + 64 / 64))
         >>> seen = MeasuredSize(global_batch=256, log_ratio=ratio, deviation=0.01)
-        >>> bool(40 < infer_critical_batch([seen], 64).median < 150)
+        >>> bool(40 < infer_critical_batch([seen], 64, usual=100).median < 150)
         True
     """
-    density = -0.5 * ((_GRID - math.log(prior_median)) / prior_spread) ** 2
+    density = -0.5 * ((_GRID - math.log(usual)) / _SPREAD) ** 2
     for size in measured:
         predicted = _log_steps(_GRID, size.global_batch, reference)
         deviation = math.hypot(size.deviation, MISFIT / 2)
@@ -113,6 +114,7 @@ def draw_log_steps(
     reference: int,
     sizes: Sequence[int],
     *,
+    usual: float,
     num_draws: int = 2000,
     seed: int = 0,
 ) -> Array:
@@ -125,6 +127,7 @@ def draw_log_steps(
         measured: Ratios against the reference.
         reference: The batch they are counted against.
         sizes: The batches asked for.
+        usual: Median of the prior of the critical batch, in examples.
         num_draws: How many.
         seed: Of the draws.
 
@@ -132,7 +135,7 @@ def draw_log_steps(
         Shape (num_draws, sizes); 0 at the reference.
     """
     rng = np.random.default_rng((seed, 2))
-    posterior = infer_critical_batch(measured, reference)
+    posterior = infer_critical_batch(measured, reference, usual=usual)
     ln_critical = posterior.draw(num_draws, rng)
     known = {size.global_batch: size for size in measured}
     columns: list[Array] = []

@@ -24,9 +24,15 @@ from rightbatch.plan.records import (
 )
 from rightbatch.probes.throughput import ThroughputRecord
 from rightbatch.recipe import Recipe
-from rightbatch.study.conclude import Outlook, choose_trial, conclude, near_best, trial_curve
-from rightbatch.study.records import RaceRecord, TrialRecord
-from rightbatch.study.runs import Cell
+from rightbatch.study.conclude import (
+    Outlook,
+    choose_trial,
+    conclude,
+    near_best,
+    trial_curve,
+    trial_curves,
+)
+from rightbatch.study.records import Cell, RaceRecord, TrialRecord
 
 BASELINE_BATCH = 32
 _PRICES = {
@@ -174,7 +180,7 @@ def _choose_by_race(evidence: Evidence, race: RaceRecord) -> _Choice:
         setting.goal, evidence.throughput, max_micro_batch(evidence), setting.replicas
     )
     outlook = conclude(race, price, seed=setting.seed)
-    trial = race.trials[choose_trial(outlook, race.leader)]
+    trial = race.trials[choose_trial(outlook, trial_curves(race), race.leader)]
     low, high = near_best(outlook, trial.global_batch)
     default = _default_steps(race, outlook)
     return _Choice(

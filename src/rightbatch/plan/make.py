@@ -265,6 +265,8 @@ def _probe(
             optimizer=type(optimizer).__name__,
             # Momentum averages updates and leaves them unbiased; all others rescale them.
             normalised=not isinstance(optimizer, torch.optim.SGD),
+            averaging=not isinstance(optimizer, torch.optim.SGD)
+            or any(group["momentum"] > 0 for group in optimizer.param_groups),
             device=device,
             seed=seed,
         ),
@@ -355,6 +357,7 @@ def run_race(
         price=make_price(setting.goal, evidence.throughput, ceiling, setting.replicas),
         first_lr=starting_rate(evidence),
         normalised=setting.normalised,
+        averaging=setting.averaging,
         settings=RaceSettings(
             most_examples=max(64 * min(sizes), int(epochs * setting.num_examples)),
             spent_examples=count_examples(evidence),

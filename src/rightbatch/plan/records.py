@@ -33,6 +33,7 @@ class Setting:
         replicas: Data-parallel workers.
         optimizer: Class name of the optimizer.
         normalised: Whether it divides by the gradient's size (all but SGD do).
+        averaging: Whether it averages gradients over steps (momentum, Adam).
         device: Where everything was measured.
         seed: Of everything random.
     """
@@ -46,6 +47,7 @@ class Setting:
     replicas: int
     optimizer: str
     normalised: bool
+    averaging: bool
     device: str
     seed: int
 

@@ -22,7 +22,7 @@ from rightbatch.laws.critical_batch import (
     infer_critical_batch,
 )
 from rightbatch.laws.curve import LossCurve, compare_steps, make_loss_curve
-from rightbatch.study.records import RaceRecord, TrialRecord
+from rightbatch.study.records import Cell, RaceRecord, TrialRecord
 
 Array = NDArray[np.float64]
 
@@ -37,6 +37,10 @@ _LEAST_SHARE = 0.15
 CHOOSABLE_SHARE = 0.25
 """Runs that came this far may be chosen without having arrived, when the budget ends."""
 _MOST_RATIO = 2.5
+_ROBUST_RATIO = 1.2
+"""Of two learning rates half an octave apart the higher saves at most 1.41 × the steps. Where it
+saves less than this it is close to the cliff, and on other seeds may be beyond it."""
+_ROBUST_SHARE = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,14 @@ def trial_curve(trial: TrialRecord) -> LossCurve:
     return make_loss_curve([p.steps for p in trial.points], [p.loss for p in trial.points])
 
 
+def trial_curves(record: RaceRecord) -> list[tuple[Cell, LossCurve]]:
+    """Cell and curve of every run of a race."""
+    return [
+        (Cell(global_batch=t.global_batch, learning_rate=t.learning_rate), trial_curve(t))
+        for t in record.trials
+    ]
+
+
 def own_share(curve: LossCurve, *, arrived: bool, target_loss: float | None) -> float:
     """How far a run came, as a share of its way; 0 where nothing tells."""
     if arrived:
@@ -98,30 +110,33 @@ def own_share(curve: LossCurve, *, arrived: bool, target_loss: float | None) -> 
 
 
 def look_at_sizes(
-    curves: Sequence[tuple[int, LossCurve]],
+    curves: Sequence[tuple[Cell, LossCurve]],
     leader: int,
     *,
     leader_share: float,
     sizes: Sequence[int],
     price: Callable[[int], float],
+    usual: float,
     seed: int = 0,
 ) -> Outlook:
     """What the runs so far say of every size.
 
     Args:
-        curves: Batch and curve of every run, the leader's among them.
+        curves: Cell and curve of every run, the leader's among them.
         leader: Index of the leader's.
         leader_share: How far the leader came, as a share of its way.
         sizes: Sizes open to choice, the leader's among them.
         price: Cost of one step at a batch: modelled seconds, examples, or 1.
+        usual: The critical batch expected before anything is measured.
         seed: Of the draws.
 
     Returns:
         The outlook.
     """
-    reference, ruler = curves[leader]
+    reference, ruler = curves[leader][0].global_batch, curves[leader][1]
     best: dict[int, SizeSeen] = {}
-    for index, (batch, curve) in enumerate(curves):
+    for index, (cell, curve) in enumerate(curves):
+        batch = cell.global_batch
         if batch == reference or len(curve.steps) < 3:
             continue
         seen = _see(index, batch, reference, curve, ruler, leader_share)
@@ -132,13 +147,13 @@ def look_at_sizes(
             best[batch] = seen
     seen_sizes = tuple(best[batch] for batch in sorted(best))
     measured = [s.measured for s in seen_sizes]
-    log_steps = draw_log_steps(measured, reference, sizes, seed=seed)
+    log_steps = draw_log_steps(measured, reference, sizes, usual=usual, seed=seed)
     ln_price = np.log([price(size) / price(reference) for size in sizes])
     return Outlook(
         sizes=tuple(sizes),
         leader=reference,
         seen=seen_sizes,
-        critical_batch=infer_critical_batch(measured, reference),
+        critical_batch=infer_critical_batch(measured, reference, usual=usual),
         log_cost=log_steps + ln_price,
         log_steps=log_steps,
     )
@@ -185,7 +200,7 @@ def conclude(record: RaceRecord, price: Callable[[int], float], *, seed: int = 0
     Returns:
         The outlook.
     """
-    curves = [(t.global_batch, trial_curve(t)) for t in record.trials]
+    curves = trial_curves(record)
     leader = record.trials[record.leader]
     share = own_share(
         curves[record.leader][1],
@@ -198,25 +213,35 @@ def conclude(record: RaceRecord, price: Callable[[int], float], *, seed: int = 0
         leader_share=share,
         sizes=record.sizes,
         price=price,
+        usual=record.usual_batch,
         seed=seed,
     )
 
 
-def choose_trial(outlook: Outlook, leader: int) -> int:
-    """The run that is expected to be cheapest: the leader, or one at another size.
+def choose_trial(outlook: Outlook, curves: Sequence[tuple[Cell, LossCurve]], leader: int) -> int:
+    """The run that is expected to be cheapest, on the safe side of the cliff.
 
     Args:
         outlook: What the evidence says.
+        curves: Cell and curve of every run.
         leader: Index of the leader.
 
     Returns:
-        Index of the run.
+        Index of the run: the leader, one at another size, or the one half an octave below it.
     """
     others = [s for s in outlook.seen if s.share >= CHOOSABLE_SHARE]
     best = min(others, key=lambda s: outlook.expected(s.measured.global_batch), default=None)
-    if best is None or outlook.expected(best.measured.global_batch) >= 0.0:
-        return leader
-    return best.trial
+    chosen = leader
+    if best is not None and outlook.expected(best.measured.global_batch) < 0.0:
+        chosen = best.trial
+    cell, curve = curves[chosen]
+    for index, (other, other_curve) in enumerate(curves):
+        below = math.isclose(other.learning_rate * math.sqrt(2), cell.learning_rate, rel_tol=1e-6)
+        if other.global_batch == cell.global_batch and below:
+            ratio = compare_steps(curve, other_curve)
+            if ratio.share >= _ROBUST_SHARE and ratio.log_ratio < math.log(_ROBUST_RATIO):
+                return index
+    return chosen
 
 
 def near_best(outlook: Outlook, chosen: int, *, most_span: float = 8.0) -> tuple[int, int]:

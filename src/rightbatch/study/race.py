@@ -21,15 +21,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from rightbatch.laws.critical_batch import infer_critical_batch
+from rightbatch.laws.critical_batch import USUAL, infer_critical_batch
 from rightbatch.study.conclude import Outlook, choose_trial, look_at_sizes, own_share
 from rightbatch.study.rate_search import Track, search_rate
-from rightbatch.study.records import RaceRecord
-from rightbatch.study.runs import Cell, Contestant, OutOfBudgetError, Purse, Run
+from rightbatch.study.records import Cell, RaceRecord
+from rightbatch.study.runs import Contestant, OutOfBudgetError, Purse, Run
 
 UNIT_BATCH = 32
 """Costs are told in trainings at this batch: the usual default."""
-FIRST_SIZES = (32, 128)
+_FIRST_SIZES = {"plain": (32, 64), "averaging": (64, 128)}
 """The search begins between these: smaller batches waste steps, larger ones examples."""
 _SPEND, _SPEND_AGAIN = 2.2, 1.8
 """Examples of a search for a learning rate, in units of its leader's; less at a second size."""
@@ -73,6 +73,7 @@ class Race:
         price: Cost of one step at a batch: modelled seconds, examples, or 1.
         first_lr: Where the search for a learning rate begins.
         normalised: Whether the optimizer divides by the gradient's size.
+        averaging: Whether it averages gradients over steps, as momentum does.
         settings: How to spend.
         has_target: Whether contestants can say that a target was reached.
         target_loss: The loss that counts as trained, where the target is a loss; otherwise what
@@ -90,6 +91,7 @@ class Race:
         price: Callable[[int], float],
         first_lr: float,
         normalised: bool,
+        averaging: bool,
         settings: RaceSettings,
         has_target: bool = True,
         target_loss: float | None = None,
@@ -102,6 +104,8 @@ class Race:
         self._price = price
         self._first_lr = first_lr
         self._normalised = normalised
+        kind = "averaging" if averaging or normalised else "plain"
+        self._usual, self._first_sizes = USUAL[kind], _FIRST_SIZES[kind]
         self._settings = settings
         self._has_target = has_target
         self._asked_loss = target_loss
@@ -140,6 +144,7 @@ class Race:
             target_loss=self._target_loss(leader),
             target_reached=leader.state == "reached",
             normalised=self._normalised,
+            usual_batch=self._usual,
             sizes=self._sizes,
             trials=tuple(run.record() for run in begun.values()),
             examples=self._purse.examples,
@@ -214,11 +219,11 @@ class Race:
 
     def _first_size(self) -> int:
         """Where the search begins: the cheapest, were the critical batch the usual one."""
-        low, high = FIRST_SIZES
+        low, high = self._first_sizes
         near = [size for size in self._sizes if low <= size <= high]
         if not near:
             near = [min(self._sizes, key=lambda size: abs(math.log(size / high)))]
-        usual = infer_critical_batch([], near[0])
+        usual = infer_critical_batch([], near[0], usual=self._usual)
         return min(near, key=lambda s: usual.log_steps(s, near[0]) + math.log(self._price(s)))
 
     def _share(self, run: Run) -> float:
@@ -231,11 +236,12 @@ class Race:
 
     def _outlook(self, lead: tuple[int, int]) -> Outlook:
         return look_at_sizes(
-            [(run.cell.global_batch, run.curve) for run in self._runs.values()],
+            [(run.cell, run.curve) for run in self._runs.values()],
             list(self._runs).index(lead),
             leader_share=max(self._share(self._runs[lead]), 0.01),
             sizes=self._sizes,
             price=self._price,
+            usual=self._usual,
             seed=self._seed,
         )
 
@@ -316,14 +322,19 @@ class Race:
             self._go_part_of_the_way(lead, outlook, size, _LATER_LOOK)
 
     def _finish_the_best(self, lead: tuple[int, int], outlook: Outlook) -> None:
-        """Takes a size that promises to be better to the target, if that can be paid for."""
+        """Takes a run that promises to be better to the target, if that can be paid for."""
         runs = list(self._runs.values())
-        chosen = runs[choose_trial(outlook, list(self._runs).index(lead))]
+        curves = [(run.cell, run.curve) for run in runs]
+        chosen = runs[choose_trial(outlook, curves, list(self._runs).index(lead))]
         if chosen.finished or chosen.dead:
             return
         total = self._runs[lead].steps
         steps = total * outlook.step_ratio(chosen.cell.global_batch)
         left = self._allowed(lead, outlook, total) - self._purse.examples
         if (steps - chosen.steps) * chosen.cell.global_batch <= left:
-            self._say(f"race: batch {chosen.cell.global_batch} promises more, on to the target")
+            cell = chosen.cell
+            self._say(
+                f"race: batch {cell.global_batch}, learning rate {cell.learning_rate:.3g}, "
+                "promises more: on to the target"
+            )
             chosen.advance_to(math.ceil(1.3 * steps))

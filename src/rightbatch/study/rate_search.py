@@ -28,7 +28,7 @@ _EARLY = 0.25
 """Before this share of the leader's way, steps are cheap and a change is better made at once."""
 _PLATEAU = 0.05
 """While the leader's ln loss has fallen by less than this, only octaves are told apart."""
-_SURE = 0.1
+_SURE = 0.2
 """A higher learning rate must be ahead by this share of what its longer steps promise: next to
 the cliff, the lower of two equals is the better choice."""
 _HOPELESS = 0.7

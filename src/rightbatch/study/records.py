@@ -9,6 +9,14 @@ State = Literal["reached", "stopped", "diverged"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One (batch, learning rate)."""
+
+    global_batch: int
+    learning_rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialPoint:
     """One evaluation of a run.
 
@@ -62,6 +70,7 @@ class RaceRecord:
         target_loss: The loss that counted as trained in the race's comparison.
         target_reached: Whether the leader met the target that was asked for.
         normalised: Whether the optimizer divides by the gradient's size.
+        usual_batch: The critical batch that was expected before anything was run.
         sizes: The batch sizes that were open to choice.
         trials: All runs.
         examples: Training examples processed in all.
@@ -74,6 +83,7 @@ class RaceRecord:
     target_loss: float
     target_reached: bool
     normalised: bool
+    usual_batch: float
     sizes: tuple[int, ...]
     trials: tuple[TrialRecord, ...]
     examples: int

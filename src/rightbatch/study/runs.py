@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rightbatch.laws.curve import LossCurve, make_loss_curve
-from rightbatch.study.records import State, TrialPoint, TrialRecord
+from rightbatch.study.records import Cell, State, TrialPoint, TrialRecord
 
 _EVERY_STEP_UNTIL = 10
 _SPACING = 1.1
@@ -75,14 +75,6 @@ class Purse:
         if self._seconds is not None and self.elapsed > self._seconds:
             raise OutOfBudgetError("time")
         self.examples += examples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One (batch, learning rate)."""
-
-    global_batch: int
-    learning_rate: float
 
 
 @dataclass
