@@ -22,8 +22,10 @@ from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.units import show_interval, show_number
 from rightbatch.laws.estimate import Estimate
 from rightbatch.plan import Plan, make_plan
-from rightbatch.plan.choose import BASELINE_BATCH, max_micro_batch, starting_rate, step_seconds
+from rightbatch.plan.choose import BASELINE_BATCH
 from rightbatch.plan.make import run_race
+from rightbatch.plan.predict import starting_rate
+from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.recipe import Recipe
 from rightbatch.store import make_run_directory, write_record
 from rightbatch.training import Training

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rightbatch.cli.table import make_table, make_wrapped_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.plan.choose import BASELINE_BATCH, max_micro_batch, step_seconds
+from rightbatch.plan.choose import BASELINE_BATCH
+from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import Plan
 from rightbatch.study.records import RaceRecord, TrialRecord
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rightbatch.laws.curve import compare_steps
-from rightbatch.laws.efficiency import Price, cost_optimal_batch
 from rightbatch.laws.estimate import Estimate
 from rightbatch.laws.split import Split, split_batch
+from rightbatch.plan.predict import (
+    carry_rate,
+    expected_critical_batch,
+    predict_batch,
+    predict_rate,
+)
+from rightbatch.plan.price import make_price, max_micro_batch, open_sizes, step_seconds
 from rightbatch.plan.records import (
     Cost,
     Evidence,
-    Goal,
     NearBest,
     Plan,
     Prediction,
     Reason,
     UsedEffort,
 )
-from rightbatch.probes.throughput import ThroughputRecord
 from rightbatch.recipe import Recipe
 from rightbatch.study.conclude import (
     Outlook,
@@ -35,14 +39,6 @@ from rightbatch.study.conclude import (
 from rightbatch.study.records import Cell, RaceRecord, TrialRecord
 
 BASELINE_BATCH = 32
-_PRICES = {
-    "time": Price(second=1.0),
-    "quality": Price(second=1.0),
-    "examples": Price(example=1.0),
-    "steps": Price(step=1.0),
-}
-_UNKNOWN_NOISE = 150.0
-"""B_simple when the noise probe could not resolve it: the middle of reported ones, in logs."""
 
 
 @dataclass(frozen=True)
@@ -54,62 +50,6 @@ class _Choice:
     lr_reason: Reason
     warnings: tuple[str, ...]
     one_training: float | None = None
-
-
-def make_price(
-    goal: Goal, throughput: ThroughputRecord, max_micro_batch: int, replicas: int = 1
-) -> Callable[[int], float]:
-    """The cost of one step at a global batch, in the goal's unit.
-
-    Args:
-        goal: What should be least.
-        throughput: The measured step time.
-        max_micro_batch: The largest micro-batch that fits.
-        replicas: Data-parallel workers.
-
-    Returns:
-        Global batch to modelled seconds, examples, or 1.
-    """
-    price = _PRICES[goal]
-
-    def cost(global_batch: int) -> float:
-        return (
-            price.second * step_seconds(throughput, global_batch, max_micro_batch, replicas)
-            + price.example * global_batch
-            + price.step
-        )
-
-    return cost
-
-
-def step_seconds(
-    throughput: ThroughputRecord, global_batch: int, max_micro_batch: int, replicas: int = 1
-) -> float:
-    """Modelled seconds of one update, its micro-batches run one after the other."""
-    share = math.ceil(global_batch / replicas)
-    accumulation = math.ceil(share / max_micro_batch)
-    return throughput.step_time.seconds(math.ceil(share / accumulation), accumulation=accumulation)
-
-
-def max_micro_batch(evidence: Evidence) -> int:
-    """The largest micro-batch that was run, or N where memory was not measured."""
-    if evidence.memory is None:
-        return evidence.setting.num_examples
-    return evidence.memory.ceiling.micro_batch
-
-
-def open_sizes(num_examples: int, replicas: int = 1) -> tuple[int, ...]:
-    """The batch sizes open to choice: powers of two up to N, and full batch (N) itself.
-
-    Args:
-        num_examples: N.
-        replicas: The least: every worker needs an example.
-
-    Returns:
-        Sizes, ascending.
-    """
-    powers = [2**k for k in range(num_examples.bit_length()) if 2**k >= replicas]
-    return tuple(sorted({size for size in powers if size <= num_examples} | {num_examples}))
 
 
 def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
@@ -340,113 +280,43 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
 # ---- by probes ---------------------------------------------------------------------------------
 
 
-def noise_guide(evidence: Evidence) -> float:
-    """A noise scale of the right order for training as a whole, in examples.
-
-    B_simple grows during training, and most of the time is spent late: its last resolved value
-    along the warm trajectory, or its first, or the middle of what is usual.
-
-    Args:
-        evidence: What was measured.
-
-    Returns:
-        Examples.
-    """
-    points = [p.value for p in evidence.noise_scale.trajectory if p.value is not None]
-    return max(points[-1], 1.0) if points else _UNKNOWN_NOISE
-
-
-_EDGE_SHARE = {"plain": 1 / 2, "normalised": 1 / 8}
-"""The learning rate to begin with, as a share of the one at which a ramp explodes. On a quadratic
-gradient descent diverges beyond 2/λ and is quickest at 1/λ: a half. An optimizer that normalises
-has no such point: its first steps are as long as the learning rate says, and it explodes late."""
-_MOST_ABOVE_BASELINE = 1.5
-_USUAL_RATE = {"plain": 0.1, "normalised": 1e-3}
-
-
-def starting_rate(evidence: Evidence) -> float:
-    """The learning rate to begin with at the range test's batch.
-
-    The share of the ramp's edge that theory gives. The usual suggestions (steepest, valley, a
-    tenth of the minimum) are reported, but they are several times too low: the ramp passes each
-    learning rate in a step or two, and the loss has no time to follow.
-
-    Args:
-        evidence: What was measured.
-
-    Returns:
-        The learning rate.
-    """
-    probe = evidence.learning_rate
-    kind = "normalised" if evidence.setting.normalised else "plain"
-    if probe.edge.value is not None:
-        return probe.edge.value * _EDGE_SHARE[kind]
-    if probe.steepest.value is not None:
-        return probe.steepest.value
-    return _USUAL_RATE[kind]
-
-
-def rate_at(evidence: Evidence, batch: int) -> float:
-    """The range test's learning rate carried to another batch by the saturating law.
-
-    ε(B) ∝ 1/(1 + B_noise/B) for SGD (McCandlish et al. 2018, eq. 2.6); its square root for
-    optimizers that normalise by the gradient's size.
-
-    Args:
-        evidence: What was measured.
-        batch: The other batch.
-
-    Returns:
-        The learning rate at `batch`.
-    """
-    noise = noise_guide(evidence)
-    at = evidence.learning_rate.global_batch
-    ratio = (1 + noise / at) / (1 + noise / batch)
-    if evidence.setting.normalised:
-        return starting_rate(evidence) * math.sqrt(ratio)
-    # The ramp's edge has already met the curvature, which no batch moves.
-    return starting_rate(evidence) * min(ratio, _MOST_ABOVE_BASELINE)
-
-
 def _choose_by_probes(evidence: Evidence) -> _Choice:
     setting = evidence.setting
-    law = evidence.throughput.step_time.law
-    noise = noise_guide(evidence)
-    best = cost_optimal_batch(
-        critical_batch=noise,
-        alpha_seconds=law.alpha_seconds.value or 0.0,
-        beta_seconds=law.beta_seconds.value or 0.0,
-        floor_seconds=law.floor_seconds.value or 0.0,
-        largest=setting.num_examples,
-        price=_PRICES[setting.goal],
+    critical = expected_critical_batch(evidence.noise_scale, averaging=setting.averaging)
+    batch = predict_batch(
+        evidence.throughput,
+        critical,
+        goal=setting.goal,
+        num_examples=setting.num_examples,
+        replicas=setting.replicas,
     )
     sizes = open_sizes(setting.num_examples, setting.replicas)
-    batch = min(sizes, key=lambda size: abs(math.log(size / best)))
     low = min(sizes, key=lambda size: abs(math.log(size / (batch / 2.8))))
     high = min(sizes, key=lambda size: abs(math.log(size / min(2.8 * batch, low * 8))))
-    knee = law.knee.value
-    limits = "" if knee is None else f" and the knee of the step time {knee:.3g}"
-    cell = Cell(global_batch=batch, learning_rate=rate_at(evidence, batch))
-    probe = evidence.learning_rate
+    ramp = evidence.learning_rate
+    rate = predict_rate(ramp, averaging=setting.averaging)
+    carried = ""
+    if ramp.global_batch != batch:
+        rate = carry_rate(
+            rate,
+            at=ramp.global_batch,
+            to=batch,
+            critical_batch=critical,
+            normalised=setting.normalised,
+        )
+        carried = f", carried from batch {ramp.global_batch} by the saturating law"
     return _Choice(
-        cell=cell,
+        cell=Cell(global_batch=batch, learning_rate=rate),
         near_best=NearBest(low=low, high=max(high, low)),
         prediction=None,
         batch_reason=Reason(
             field="global_batch",
-            because=(
-                f"Cheapest by the laws, given a noise scale B_simple of {noise:.3g} "
-                f"(not the critical batch, but of its order){limits}."
-            ),
+            because=_probed_batch_reason(evidence, critical),
             source="noise and throughput probes",
         ),
         lr_reason=Reason(
             field="learning_rate",
-            because=(
-                f"The range test at batch {probe.global_batch} allows "
-                f"{starting_rate(evidence):.3g}, carried to batch {batch} by the "
-                f"{'square root of the ' if setting.normalised else ''}saturating law."
-            ),
+            because=f"{_ramp_reason(evidence)}{carried}.",
             source="learning-rate probe",
         ),
         warnings=(
@@ -454,6 +324,32 @@ def _choose_by_probes(evidence: Evidence) -> _Choice:
             "be several times off. effort='race' checks them.",
         ),
     )
+
+
+def _probed_batch_reason(evidence: Evidence, critical: float) -> str:
+    points = [p.value for p in evidence.noise_scale.trajectory if p.value is not None]
+    noise = f"a noise scale B_simple of {points[-1]:.3g} and " if points else ""
+    knee = evidence.throughput.step_time.law.knee.value
+    limit = "" if knee is None else f"; the step time has its knee at {knee:.3g}"
+    return (
+        f"Cheapest by the laws for a critical batch of about {critical:.2g}, which {noise}what is "
+        f"usual for the optimizer suggest{'' if points else 's'}{limit}."
+    )
+
+
+def _ramp_reason(evidence: Evidence) -> str:
+    ramp = evidence.learning_rate
+    lowest = ramp.minimum_div_10.value
+    if lowest is not None:
+        return (
+            f"A ramp at batch {ramp.global_batch} had its least loss at {10 * lowest:.2g}; "
+            "training stands a share of that"
+        )
+    if ramp.edge.value is not None:
+        return (
+            f"A share of {ramp.edge.value:.2g}, where a ramp at batch {ramp.global_batch} exploded"
+        )
+    return f"A ramp at batch {ramp.global_batch} told nothing; this is a usual learning rate"
 
 
 # ---- the rest of the recipe --------------------------------------------------------------------

@@ -20,16 +20,9 @@ from rightbatch.device.memory import parse_bytes
 from rightbatch.errors import UsageError
 from rightbatch.isolate import preserved_state
 from rightbatch.laws.split import split_batch
-from rightbatch.plan.choose import (
-    BASELINE_BATCH,
-    choose,
-    count_examples,
-    make_price,
-    max_micro_batch,
-    open_sizes,
-    starting_rate,
-    step_seconds,
-)
+from rightbatch.plan.choose import BASELINE_BATCH, choose, count_examples
+from rightbatch.plan.predict import expected_critical_batch, predict_batch, starting_rate
+from rightbatch.plan.price import make_price, max_micro_batch, open_sizes, step_seconds
 from rightbatch.plan.records import Effort, Environment, Evidence, Goal, Plan, Setting
 from rightbatch.probes.learning_rate import find_learning_rate
 from rightbatch.probes.memory import measure_memory
@@ -48,8 +41,9 @@ _WANTED_MICRO_BATCH = {"cpu": 512, "gpu": 4096}
 """Micro-batches beyond this are not tried: throughput has stopped growing, and larger global
 batches accumulate. `measure_memory` finds the true ceiling."""
 _TIMED_SIZES = (1, 8, 32, 128)
-_MOST_TIMED = 5000
-"""Timed examples cost as much as trained ones: about this many have to do for the law."""
+_MOST_TIMED = {True: 5000, False: 1500}
+"""Timed examples cost as much as trained ones: about this many have to do for the law, where the
+probes are all there is and where a race follows."""
 MOST_EPOCHS = 100
 """A run gives up on the target after this many epochs when no budget ends it before."""
 EPOCHS_WITHOUT_TARGET = 10.0
@@ -220,35 +214,44 @@ def _probe(
     wanted = min(_WANTED_MICRO_BATCH["cpu" if device == "cpu" else "gpu"], workload.num_examples)
     memory = measure_memory(workload, device=device, memory_limit=limit, max_micro_batch=wanted)
     ceiling = memory.ceiling.micro_batch
+    # A race measures what these predict; with one to follow they need not be as sure.
+    thorough = asked.effort == "probe"
     say("throughput: seconds per step at each size")
     throughput = measure_throughput(
         workload,
         device=device,
         micro_batches=[size for size in _TIMED_SIZES if size <= ceiling],
-        max_examples=_MOST_TIMED,
+        max_examples=_MOST_TIMED[thorough],
         powers_of_two=False,
         clock=ThreadClock() if environment.clock == "processor" else None,
         seed=seed,
     )
     say("noise: how much examples disagree on the gradient")
-    # A race measures what these two predict; with one to follow they need not be as sure.
-    thorough = asked.effort == "probe"
     noise = measure_noise_scale(
         workload,
         device=device,
         seed=seed,
-        max_examples=2048 if thorough else 512,
-        trajectory_steps=(0, 4, 16, 64) if thorough else (0, 32),
+        max_examples=2048 if thorough else 256,
+        trajectory_steps=(0, 4, 16, 64) if thorough else (0, 16),
         micro_batch=min(ceiling, BASELINE_BATCH),
     )
     say("learning rate: range test")
-    batch = min(BASELINE_BATCH, workload.num_examples)
+    plain = isinstance(optimizer, torch.optim.SGD)
+    averaging = not plain or any(group["momentum"] > 0 for group in optimizer.param_groups)
+    # The answer holds for the batch of the ramp, so that is the batch to be recommended.
+    batch = predict_batch(
+        throughput,
+        expected_critical_batch(noise, averaging=averaging),
+        goal=asked.goal,
+        num_examples=workload.num_examples,
+        replicas=asked.replicas,
+    )
     learning_rate = find_learning_rate(
         workload,
-        global_batch=batch,
+        global_batch=batch if thorough else min(BASELINE_BATCH, workload.num_examples),
         max_micro_batch=ceiling,
         seeds=3 if thorough else 1,
-        num_steps=100 if thorough else 80,
+        num_steps=100 if thorough else 48,
         lr_min=1e-6 if thorough else 1e-5,
         device=device,
         seed=seed,
@@ -264,9 +267,8 @@ def _probe(
             replicas=asked.replicas,
             optimizer=type(optimizer).__name__,
             # Momentum averages updates and leaves them unbiased; all others rescale them.
-            normalised=not isinstance(optimizer, torch.optim.SGD),
-            averaging=not isinstance(optimizer, torch.optim.SGD)
-            or any(group["momentum"] > 0 for group in optimizer.param_groups),
+            normalised=not plain,
+            averaging=averaging,
             device=device,
             seed=seed,
         ),
@@ -358,6 +360,7 @@ def run_race(
         first_lr=starting_rate(evidence),
         normalised=setting.normalised,
         averaging=setting.averaging,
+        usual_batch=expected_critical_batch(evidence.noise_scale, averaging=setting.averaging),
         settings=RaceSettings(
             most_examples=max(64 * min(sizes), int(epochs * setting.num_examples)),
             spent_examples=count_examples(evidence),

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from rightbatch.laws.critical_batch import USUAL, infer_critical_batch
+from rightbatch.laws.critical_batch import infer_critical_batch
 from rightbatch.study.conclude import Outlook, choose_trial, look_at_sizes, own_share
 from rightbatch.study.rate_search import Track, search_rate
 from rightbatch.study.records import Cell, RaceRecord
@@ -74,6 +74,7 @@ class Race:
         first_lr: Where the search for a learning rate begins.
         normalised: Whether the optimizer divides by the gradient's size.
         averaging: Whether it averages gradients over steps, as momentum does.
+        usual_batch: The critical batch that is expected before anything is run.
         settings: How to spend.
         has_target: Whether contestants can say that a target was reached.
         target_loss: The loss that counts as trained, where the target is a loss; otherwise what
@@ -92,6 +93,7 @@ class Race:
         first_lr: float,
         normalised: bool,
         averaging: bool,
+        usual_batch: float,
         settings: RaceSettings,
         has_target: bool = True,
         target_loss: float | None = None,
@@ -105,7 +107,7 @@ class Race:
         self._first_lr = first_lr
         self._normalised = normalised
         kind = "averaging" if averaging or normalised else "plain"
-        self._usual, self._first_sizes = USUAL[kind], _FIRST_SIZES[kind]
+        self._usual, self._first_sizes = usual_batch, _FIRST_SIZES[kind]
         self._settings = settings
         self._has_target = has_target
         self._asked_loss = target_loss
