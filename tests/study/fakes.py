@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rightbatch.laws.linear_regression import LinearRegression, best_steps, steps_to_target
-from rightbatch.laws.progress import ProgressPrior, log_extra_steps, log_rate, relative_log_steps
-from rightbatch.study.race import Contestant, Look, Race, RaceSettings
-from rightbatch.study.records import RaceRecord
+from rightbatch.study.conclude import choose_trial, conclude, trial_curves
+from rightbatch.study.race import Race, RaceSettings
+from rightbatch.study.records import RaceRecord, TrialRecord
+from rightbatch.study.runs import Contestant, Look
 
 Array = NDArray[np.float64]
 Price = Callable[[int], float]
@@ -52,9 +54,6 @@ class Quadratic:
     moments: Array
     counter: Counter
 
-    def fork(self, global_batch: int, learning_rate: float) -> Quadratic:
-        return replace(self, global_batch=global_batch, learning_rate=learning_rate)
-
     def advance(self, num_steps: int) -> None:
         self.counter.examples += num_steps * self.global_batch
         eigenvalues, d = np.array(self.problem.eigenvalues), self.problem.dimension
@@ -73,6 +72,13 @@ class Quadratic:
         with np.errstate(all="ignore"):
             excess = float(self.moments @ np.array(self.problem.eigenvalues)) / 2
         return _look(excess + self.problem.noise_variance / 2, self.target)
+
+
+@cache
+def _fewest_steps(problem: LinearRegression, size: int, excess: float) -> float:
+    """At one batch and its best learning rate."""
+    found = best_steps(problem, global_batch=size, target_loss=excess, max_steps=1e5)
+    return math.inf if found.steps is None else found.steps
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,7 @@ class QuadraticProblem:
 
     def best_cost(self, size: int, price: Price) -> float:
         """Of one size at its best learning rate."""
-        steps = best_steps(self.problem, global_batch=size, target_loss=self.excess).steps
-        return math.inf if steps is None else steps * price(size)
+        return _fewest_steps(self.problem, size, self.excess) * price(size)
 
     def best_size(self, price: Price, sizes: Sequence[int] = SIZES) -> int:
         """The size of least cost."""
@@ -117,11 +122,12 @@ def make_quadratic(
     *,
     share: float | None,
     smallest: float = 0.02,
+    largest: float = 2.0,
     noise_variance: float = 0.3,
     dimension: int = 8,
 ) -> QuadraticProblem:
     """A problem with the same loss on each eigenvalue; the target is a share of it."""
-    eigenvalues = np.geomspace(2.0, smallest, dimension)
+    eigenvalues = np.geomspace(largest, smallest, dimension)
     problem = LinearRegression(
         eigenvalues=tuple(eigenvalues.tolist()),
         offsets=tuple((1 / np.sqrt(eigenvalues)).tolist()),
@@ -131,85 +137,78 @@ def make_quadratic(
     return QuadraticProblem(problem, target)
 
 
-# ----------------------------------------------------------------------------- the law of progress
+# ------------------------------------------------------------------------------ a planted answer
 
 
 @dataclass
-class Lawful:
-    """A run whose loss is F(p): progress as the law of progress counts it, with a little noise.
+class Planted:
+    """A run of `PlantedProblem`."""
 
-    F(p) = 3(1 + p)^−a. A run under penalty w stands at the progress p·e^−w.
-    """
-
-    maker: LawfulProblem
+    problem: PlantedProblem
     global_batch: int
     learning_rate: float
-    progress: float
-    rng: np.random.Generator
-
-    def fork(self, global_batch: int, learning_rate: float) -> Lawful:
-        return replace(
-            self,
-            global_batch=global_batch,
-            learning_rate=learning_rate,
-            rng=np.random.default_rng(self.rng.integers(2**31)),
-        )
+    seed: int
+    steps: int = 0
 
     def advance(self, num_steps: int) -> None:
-        self.maker.counter.examples += num_steps * self.global_batch
-        rate = float(np.exp(log_rate(self.maker.law, np.log([float(self.global_batch)])))[0, 0])
-        self.progress += num_steps * self.learning_rate * rate
+        self.problem.counter.examples += num_steps * self.global_batch
+        self.steps += num_steps
 
     def look(self) -> Look:
-        self.maker.counter.looks += 1
-        extra = self.maker.extra(self.global_batch, self.learning_rate)
-        if extra > 6.0 and self.progress > 0:
-            return _look(math.inf, self.maker.target)
-        noise = math.exp(self.maker.noise * self.rng.standard_normal())
-        return _look(
-            self.maker.loss_at(self.progress * math.exp(-extra)) * noise, self.maker.target
-        )
+        self.problem.counter.looks += 1
+        rate = self.problem.progress_rate(self.global_batch, self.learning_rate)
+        if rate <= 0:
+            return _look(math.inf, self.problem.target)
+        noise = self.problem.noise * np.random.default_rng((self.seed, self.steps)).normal()
+        loss = self.problem.loss_at(self.steps * rate) * math.exp(noise)
+        return _look(loss, self.problem.target)
 
 
 @dataclass(frozen=True)
-class LawfulProblem:
-    """Makes contestants that follow one planted law, shape (1, 8)."""
+class PlantedProblem:
+    """Makes contestants whose loss is F(p) = 3(1 + p)^−a at the progress p.
 
-    prior: ProgressPrior
-    law: Array
-    target: float
-    noise: float = 0.005
+    A step makes the progress η(1 − (η/η_c)³) below the cliff η_c = η_∞/(1 + B_c/B) and diverges
+    beyond it. The best learning rate is 4^(−1/3) η_c, and steps at it are exactly ∝ 1 + B_c/B.
+    """
+
+    target: float | None = 3 * 61**-0.5
+    critical: float = 100.0
+    cliff_at_large: float = 2.0
     power: float = 0.5
+    noise: float = 0.0
     counter: Counter = field(default_factory=Counter)
 
-    def __call__(self, global_batch: int, learning_rate: float, seed: int) -> Lawful:
-        return Lawful(self, global_batch, learning_rate, 0.0, np.random.default_rng(seed))
+    def __call__(self, global_batch: int, learning_rate: float, seed: int) -> Planted:
+        return Planted(self, global_batch, learning_rate, seed)
+
+    def cliff(self, batch: float) -> float:
+        """η_c."""
+        return self.cliff_at_large / (1 + self.critical / batch)
+
+    def best_rate(self, batch: float) -> float:
+        """The learning rate of the fewest steps."""
+        return self.cliff(batch) * 4 ** (-1 / 3)
+
+    def progress_rate(self, batch: float, rate: float) -> float:
+        """Progress of one step; not positive beyond the cliff."""
+        return rate * (1 - (rate / self.cliff(batch)) ** 3)
 
     def loss_at(self, progress: float) -> float:
         """F(p)."""
         return 3.0 * (1 + progress) ** -self.power
 
-    def extra(self, batch: int, rate: float) -> float:
-        """w(B, η)."""
-        at, with_rate = np.log([float(batch)]), np.log([rate])
-        return float(log_extra_steps(self.prior, self.law, at, with_rate, from_fresh=1.0)[0, 0])
+    def steps(self, batch: float, rate: float) -> float:
+        """To the target."""
+        assert self.target is not None
+        progress = (3 / self.target) ** (1 / self.power) - 1
+        made = self.progress_rate(batch, rate)
+        return progress / made if made > 0 else math.inf
 
-    def cost(self, batch: int, rate: float, price: Price) -> float:
-        """Of one cell, up to a constant factor."""
-        at, with_rate = np.log([float(batch)]), np.log([rate])
-        steps = relative_log_steps(self.prior, self.law, at, with_rate)
-        return math.exp(float(steps[0, 0])) * price(batch)
-
-    def best(self, price: Price, sizes: Sequence[int] = SIZES) -> tuple[int, float]:
-        """The cheapest cell, on a fine grid of learning rates."""
-        centre = math.exp(self.law[0, 2])
-        rates = [centre * 2.0 ** (k / 8) for k in range(-96, 97)]
-        cells = [(size, rate) for size in sizes for rate in rates]
-        return min(cells, key=lambda cell: self.cost(*cell, price))
-
-    def regret(self, price: Price, batch: int, rate: float) -> float:
-        """Cost of a choice over that of the cheapest cell, − 1."""
-        return self.cost(batch, rate, price) / self.cost(*self.best(price), price) - 1
+    def regret(self, price: Price, batch: int, rate: float, sizes: Sequence[int] = SIZES) -> float:
+        """Cost of a choice over that of the best of all sizes at its best rate, − 1."""
+        best = min(self.steps(size, self.best_rate(size)) * price(size) for size in sizes)
+        return self.steps(batch, rate) * price(batch) / best - 1
 
 
 # ---------------------------------------------------------------------------------------- races
@@ -229,6 +228,7 @@ def make_race(
     settings: RaceSettings | None = None,
     sizes: Sequence[int] = SIZES,
     normalised: bool = False,
+    averaging: bool = False,
     seed: int = 0,
     **more: Any,
 ) -> Race:
@@ -239,17 +239,15 @@ def make_race(
         price=price,
         first_lr=first_lr,
         normalised=normalised,
-        settings=settings or RaceSettings(max_baseline_examples=2_000_000),
+        averaging=averaging,
+        settings=settings or RaceSettings(most_examples=2_000_000),
         target_loss=target_loss,
         seed=seed,
         **more,
     )
 
 
-def cells_run(record: RaceRecord) -> set[tuple[int, float]]:
-    """The cells that a race trained in to some length: its baseline's and its fresh runs'."""
-    return {
-        (t.global_batch, t.learning_rate)
-        for t in record.trials
-        if t.kind in {"baseline", "run"} and t.steps > 0
-    }
+def choose(record: RaceRecord, price: Price) -> TrialRecord:
+    """The run that a race's record recommends."""
+    outlook = conclude(record, price)
+    return record.trials[choose_trial(outlook, trial_curves(record), record.leader)]

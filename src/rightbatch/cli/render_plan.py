@@ -35,7 +35,7 @@ def plan_text(plan: Plan) -> str:
     if plan.prediction is not None:
         parts.append(_prediction(plan))
     if race is not None:
-        parts.append(_runs(race))
+        parts.append(_runs(plan, race))
     if plan.warnings:
         parts.append("\n".join(wrap(f"Note: {warning}") for warning in plan.warnings))
     parts.append(_cost(plan))
@@ -67,11 +67,14 @@ def _gain(plan: Plan) -> str:
         return ", the usual default batch" if plan.recipe.global_batch == batch else ""
     number = f"{_about(advantage.value)} ({_interval(advantage)})"
     goal = f"to {_target_text(plan, race)}"
-    text = {
-        "examples": f": about {number} times fewer examples {goal} than batch {batch} at its best",
-        "steps": f": about {number} times fewer steps {goal} than batch {batch} at its best",
-    }.get(plan.goal, f": about {number} times as fast {goal} as batch {batch} at its best")
-    low, high = advantage.low or 0.0, advantage.high
+    what = {
+        "examples": f"{number} times fewer examples {goal} than",
+        "steps": f"{number} times fewer steps {goal} than",
+    }.get(plan.goal, f"{number} times as fast {goal} as")
+    verb = "take" if plan.goal in {"examples", "steps"} else "be"
+    text = f": predicted to {verb} {what} batch {batch} at its best learning rate"
+    # As shown: an interval that is printed as 1 to 2 has 1 in it.
+    low, high = _round(advantage.low, 2) or 0.0, _round(advantage.high, 2)
     unsure = low <= 1.0 and (high is None or high >= 1.0)
     return f"{text}, a difference within the doubt" if unsure else text
 
@@ -122,8 +125,8 @@ def _target_text(plan: Plan, race: RaceRecord) -> str:
 def _near_best(plan: Plan) -> str:
     low, high = plan.near_best.low, plan.near_best.high
     if low == high:
-        return "no other size is predicted to be as good"
-    return f"{low:,} to {high:,} are probably as good"
+        return "no other batch is predicted to be as good"
+    return f"the best batch is probably within {low:,} to {high:,}"
 
 
 def _rests_on(plan: Plan) -> str:
@@ -131,11 +134,14 @@ def _rests_on(plan: Plan) -> str:
     probes = "three probes" if plan.evidence.memory is None else "four probes"
     if race is None:
         return f"It rests on {probes}; nothing was trained."
-    sizes = len({t.global_batch for t in race.trials})
+    sizes = sorted({t.global_batch for t in race.trials})
+    where = f"batch {sizes[0]:,}" if len(sizes) == 1 else f"{len(sizes)} batch sizes"
+    runs = "1 run" if len(race.trials) == 1 else f"{len(race.trials)} runs"
     arrived = sum(t.state == "reached" for t in race.trials)
+    ended = f", {arrived or 'none'} of them to the target"
     return (
-        f"It rests on {probes} and {len(race.trials)} runs with {sizes} "
-        f"{'size' if sizes == 1 else 'sizes'}, {arrived or 'none'} of them to the target."
+        f"It rests on {probes} and {runs} at {where}"
+        f"{ended if plan.evidence.setting.target is not None else ''}."
     )
 
 
@@ -197,29 +203,45 @@ def _seconds_interval(estimate: Estimate) -> tuple[str, str]:
     return value, f"{low}–{high}"
 
 
-def _runs(race: RaceRecord) -> str:
+def _runs(plan: Plan, race: RaceRecord) -> str:
     leader = race.trials[race.leader]
-    shown = [t for t in race.trials if t.steps >= _LEAST_SHOWN * leader.steps]
-    short = [t for t in race.trials if t.steps < _LEAST_SHOWN * leader.steps]
+
+    def is_recipe(trial: TrialRecord) -> bool:
+        recipe = plan.recipe
+        cell = (trial.global_batch, trial.learning_rate)
+        return cell == (recipe.global_batch, recipe.learning_rate)
+
+    def is_short(trial: TrialRecord) -> bool:
+        return trial.steps < _LEAST_SHOWN * leader.steps and not is_recipe(trial)
+
     rows = [
         (
-            _ending(trial),
+            f"{_ending(trial)}{', the recipe' if is_recipe(trial) else ''}",
             f"{trial.global_batch:,}",
             show_number(_round(trial.learning_rate)),
             f"{trial.steps:,}",
             show_number(_round(_best_loss(trial))),
         )
-        for trial in sorted(shown, key=lambda t: (t.global_batch, t.learning_rate))
+        for trial in sorted(race.trials, key=lambda t: (t.global_batch, t.learning_rate))
+        if not is_short(trial)
     ]
     header = ("run", "batch", "learning rate", "steps", "best loss")
+    given_up = wrap(_given_up([t for t in race.trials if is_short(t)]))
+    return f"{make_table(header, rows)}\n{given_up}".rstrip()
+
+
+def _given_up(short: list[TrialRecord]) -> str:
+    """The runs that the table leaves out."""
+    if not short:
+        return ""
     rates = [t.learning_rate for t in short]
-    given_up = (
-        f"{len(short)} more, with learning rates {show_number(_round(min(rates)))} to "
-        f"{show_number(_round(max(rates)))}, were given up early."
-        if rates
-        else ""
-    )
-    return f"{make_table(header, rows)}\n{wrap(given_up)}".rstrip()
+    low, high = (show_number(_round(rate)) for rate in (min(rates), max(rates)))
+    if len(short) == 1:
+        diverged = " when it diverged" if short[0].state == "diverged" else ""
+        return f"1 more, with learning rate {low}, was given up early{diverged}."
+    dead = sum(t.state == "diverged" for t in short)
+    diverged = f", {dead} of them diverged" if dead else ""
+    return f"{len(short)} more, with learning rates {low} to {high}, were given up early{diverged}."
 
 
 def _best_loss(trial: TrialRecord) -> float | None:
@@ -230,8 +252,8 @@ def _ending(trial: TrialRecord) -> str:
     if trial.state == "diverged":
         return "diverged"
     if trial.steps_to_target is not None:
-        return f"met the target at step {trial.steps_to_target:,}"
-    return "stopped"
+        return "met the target"
+    return "ended before"
 
 
 def _cost(plan: Plan) -> str:
@@ -241,8 +263,8 @@ def _cost(plan: Plan) -> str:
         ""
         if cost.full_trainings is None or race is None
         else (
-            f", as many examples as {show_number(_round(cost.full_trainings))} full trainings "
-            f"with batch {BASELINE_BATCH}"
+            f", as many examples as {_about(cost.full_trainings)} full trainings with "
+            f"batch {BASELINE_BATCH} are predicted to take"
         )
     )
     threads = "1 thread" if environment.num_threads == 1 else f"{environment.num_threads} threads"

@@ -21,6 +21,7 @@ from rightbatch.plan.price import make_price, max_micro_batch, open_sizes, step_
 from rightbatch.plan.records import (
     Cost,
     Evidence,
+    Goal,
     NearBest,
     Plan,
     Prediction,
@@ -128,7 +129,9 @@ def _choose_by_race(evidence: Evidence, race: RaceRecord) -> _Choice:
         near_best=NearBest(low=low, high=high),
         prediction=_predict(evidence, race, outlook, trial),
         batch_reason=Reason(
-            field="global_batch", because=_batch_reason(race, outlook, trial), source="race"
+            field="global_batch",
+            because=_batch_reason(setting.goal, race, outlook, trial),
+            source="race",
         ),
         lr_reason=Reason(
             field="learning_rate", because=_rate_reason(evidence, race, trial), source="race"
@@ -151,24 +154,47 @@ def _default_steps(race: RaceRecord, outlook: Outlook) -> float | None:
     return _leader_steps(race) * outlook.step_ratio(BASELINE_BATCH)
 
 
-def _batch_reason(race: RaceRecord, outlook: Outlook, trial: TrialRecord) -> str:
+_COST_OF = {"time": "time", "quality": "time", "examples": "examples", "steps": "steps"}
+_CHEAPER = 0.97
+"""A size is only called cheaper if it is expected to cost less than this share."""
+
+
+def _batch_reason(goal: Goal, race: RaceRecord, outlook: Outlook, trial: TrialRecord) -> str:
+    cost, batch = _COST_OF[goal], trial.global_batch
     critical = outlook.critical_batch
     law = (
-        f"critical batch about {critical.median:.2g} "
-        f"({critical.quantile(0.025):.2g} to {critical.quantile(0.975):.2g})"
+        f"{_number(critical.median)} "
+        f"({_number(critical.quantile(0.025))} to {_number(critical.quantile(0.975))})"
+    )
+    if len(outlook.sizes) == 1:
+        return "No other size was open to choice."
+    # Where two sizes lie within a few percent, the safer learning rate may have decided.
+    shares = {size: math.exp(outlook.expected(size)) for size in outlook.sizes}
+    tried = {batch, outlook.leader, *(s.measured.global_batch for s in outlook.seen)}
+    cheaper = {size for size in shares if shares[size] < _CHEAPER * shares[batch]}
+    unseen = min(cheaper - tried, key=lambda size: shares[size], default=None)
+    instead = (
+        ""
+        if unseen is None
+        else f" By it batch {unseen:,} may take {_number(shares[unseen] / shares[batch])} × the "
+        f"{cost}, but it was not run far enough to be chosen."
     )
     if not outlook.seen:
-        return f"Expected to be cheapest, with a usual {law}; no other size was run far enough."
-    ratios = [
-        f"batch {s.measured.global_batch} took {math.exp(s.measured.log_ratio):.2g} ×"
-        for s in outlook.seen
-    ]
-    best = "Least predicted cost"
-    if trial.global_batch == outlook.leader and len(outlook.sizes) > 1:
-        best = "No other size is expected to be cheaper"
+        least = "" if instead else f", by which no size takes less {cost}"
+        return (
+            "No other size was run far enough to compare. The critical batch that is usual for "
+            f"such an optimizer is {law}{least}.{instead}"
+        )
+    ratios = _list(
+        [
+            f"batch {s.measured.global_batch:,} took {_number(math.exp(s.measured.log_ratio))} ×"
+            for s in outlook.seen
+        ]
+    )
+    among = " of the sizes that were run" if instead or cheaper else ""
     return (
-        f"{best}: to the same loss, against the steps of batch {outlook.leader}, "
-        f"{', '.join(ratios)}; {law}."
+        f"Least {cost} predicted{among}. To the same loss {ratios} the steps of batch "
+        f"{outlook.leader:,}; so the critical batch is about {law}.{instead}"
     )
 
 
@@ -176,34 +202,56 @@ _TOLD_HALF_OCTAVES = (2, 1, -1, -2)
 
 
 def _rate_reason(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> str:
-    at_batch = [t for t in race.trials if t.global_batch == trial.global_batch]
-    if len(at_batch) == 1 and len(race.trials) > 1:
-        leader = race.trials[race.leader]
-        return (
-            f"Carried from {leader.learning_rate:.3g}, the best at batch {leader.global_batch}, by "
-            f"the {'square root of the ' if race.normalised else ''}saturating law; no other was "
-            "tried here."
-        )
+    batch = trial.global_batch
+    at_batch = [t for t in race.trials if t.global_batch == batch]
+    elsewhere = [t for t in race.trials if t.global_batch != batch]
+    if len(at_batch) == 1:
+        return _carried_reason(race, trial, elsewhere)
     own = trial_curve(trial)
     parts: list[str] = []
+    best, safer = True, False
     for half_octaves in _TOLD_HALF_OCTAVES:
-        factor = 2.0 ** (half_octaves / 2)
-        rate = factor * trial.learning_rate
+        rate = 2.0 ** (half_octaves / 2) * trial.learning_rate
         other = next((t for t in at_batch if math.isclose(t.learning_rate, rate)), None)
         if other is None:
             continue
-        ratio = compare_steps(own, trial_curve(other)).log_ratio
         if other.state == "diverged":
-            parts.append(f"{factor:.2g} × it diverged")
-        elif math.isfinite(ratio):
-            parts.append(f"{factor:.2g} × it took {math.exp(ratio):.2g} × the steps")
+            parts.append(f"{rate:.3g} diverged")
+            continue
+        ratio = compare_steps(own, trial_curve(other)).log_ratio
+        if not math.isfinite(ratio):
+            continue
+        early = ", early on" if other.steps < trial.steps / 2 else ""
+        parts.append(f"{rate:.3g} took {_number(math.exp(ratio))} ×{early}")
+        best = best and ratio >= 0
+        safer = safer or (ratio < 0 and half_octaves > 0)
+    found = f"{'Best of' if best else 'Chosen among'} {len(at_batch)} tried at batch {batch:,}."
+    told = f" Steps to the same loss, against its own: {'; '.join(parts)}." if parts else ""
+    safe = " Of two that are nearly alike the lower is the safer." if safer else ""
     edge = evidence.learning_rate.edge.value
-    if edge is not None:
-        batch = evidence.learning_rate.global_batch
-        parts.append(f"at batch {batch} a ramp exploded near {edge:.2g}")
-    told = f": to the same loss, {'; '.join(parts)}" if parts else ""
-    tried = f"Ahead of the {len(at_batch) - 1} others tried" if len(at_batch) > 1 else "As started"
-    return f"{tried} at this batch{told}."
+    ramp = (
+        ""
+        if edge is None
+        else f" The range test at batch {evidence.learning_rate.global_batch:,} exploded near "
+        f"{edge:.2g}."
+    )
+    return f"{found}{told}{safe}{ramp}"
+
+
+def _carried_reason(race: RaceRecord, trial: TrialRecord, elsewhere: Sequence[TrialRecord]) -> str:
+    """Of the only learning rate that was tried at a size."""
+    if not elsewhere:
+        return "The only one that was tried, by the range test."
+    leader = race.trials[race.leader]
+    source = f"{leader.learning_rate:.3g}, the best at batch {leader.global_batch:,}"
+    if leader.global_batch == trial.global_batch:
+        # It leads since a moment ago; the run that led before it went the furthest elsewhere.
+        before = max(elsewhere, key=lambda t: t.examples)
+        source = f"{before.learning_rate:.3g} at batch {before.global_batch:,}"
+    law = "square root of the saturating law" if race.normalised else "saturating law"
+    return (
+        f"Carried from {source}, by the {law}. No other was tried at batch {trial.global_batch:,}."
+    )
 
 
 def _predict(
@@ -251,11 +299,13 @@ def _estimate(logs: Sequence[float] | np.ndarray, unit: float, n: int) -> Estima
     )
 
 
+_ENDED_EARLY = {"time": "the time budget was used up", "interrupt": "interrupted"}
+
+
 def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> list[str]:
     setting = evidence.setting
     leader = race.trials[race.leader]
     came = f"batch {leader.global_batch} in {leader.examples:,} examples"
-    early = race.stopped_by in {"time", "interrupt"}
     found: list[str] = []
     if setting.target is None:
         found.append(
@@ -269,11 +319,12 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
         )
     elif trial.state != "reached":
         found.append(
-            f"The run with batch {trial.global_batch} was stopped by the budget before it met the "
-            "target; that it will is predicted, not seen."
+            f"The run with batch {trial.global_batch:,} was ended before it met the target, to "
+            "save cost; that it will is predicted, not seen."
         )
-    if early:
-        found.append(f"The race was ended early ({race.stopped_by}); this is its best so far.")
+    early = _ENDED_EARLY.get(race.stopped_by)
+    if early is not None:
+        found.append(f"The race was ended early ({early}); this is its best so far.")
     return found
 
 
@@ -332,8 +383,8 @@ def _probed_batch_reason(evidence: Evidence, critical: float) -> str:
     knee = evidence.throughput.step_time.law.knee.value
     limit = "" if knee is None else f"; the step time has its knee at {knee:.3g}"
     return (
-        f"Cheapest by the laws for a critical batch of about {critical:.2g}, which {noise}what is "
-        f"usual for the optimizer suggest{'' if points else 's'}{limit}."
+        f"Cheapest by the laws for a critical batch of about {_number(critical)}, which {noise}"
+        f"what is usual for the optimizer suggest{'' if points else 's'}{limit}."
     )
 
 
@@ -362,17 +413,19 @@ def _other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Rea
         why, source = "Memory was not measured; one micro-batch is the whole batch.", "default"
     else:
         free = memory.ceiling.headroom_bytes / 2**20
+        spare = f"{free / 2**10:,.0f} GiB" if free >= 10 * 2**10 else f"{free:,.0f} MiB"
         most = "All" if ceiling >= evidence.setting.num_examples else f"{ceiling:,}"
         more = "" if memory.ceiling.smallest_failed else "; more was not tried"
-        why = f"{most} examples at once were run with {free:,.0f} MiB to spare{more}."
+        why = f"{most} examples at once were run with {spare} to spare{more}."
         source = "memory probe"
     deviation = "" if split.exact else f" {split}"
     return [
         Reason(field="micro_batch", because=why + deviation, source=source),
         Reason(
             field="accumulation",
-            because=f"{recipe.micro_batch} × {recipe.accumulation} × {recipe.replicas} = "
-            f"{recipe.global_batch}.",
+            because="Micro-batch × accumulation × replicas is the batch size: "
+            f"{recipe.micro_batch:,} × {recipe.accumulation} × {recipe.replicas} = "
+            f"{recipe.global_batch:,}.",
             source="arithmetic",
         ),
         Reason(field="replicas", because="As asked for.", source="argument"),
@@ -408,13 +461,12 @@ def _general_warnings(evidence: Evidence) -> list[str]:
     return found
 
 
-def interval_text(estimate: Estimate) -> str:
-    """An estimate as `2.1 (1.5 to 2.9)`."""
-    return _interval(estimate)
+def _number(value: float) -> str:
+    """Two significant digits, in full."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.2g}"
 
 
-def _interval(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return "unresolved"
-    ends = [f"{end:.2g}" if end is not None else "?" for end in (estimate.low, estimate.high)]
-    return f"{estimate.value:.2g} ({ends[0]} to {ends[1]})"
+def _list(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)

@@ -18,7 +18,7 @@ _CRITICAL_SHARE = 0.3
 _NOISE_WEIGHT = 0.3
 """Weight of the noise probe against what is usual for the optimizer, in logs: measured on image
 and text workloads, B_simple early in training misses the critical batch by a factor of five."""
-_MINIMUM_SHARE = {"plain": 1 / 2, "averaging": 1 / 5}
+_MINIMUM_SHARE = {"plain": 0.7, "averaging": 0.2}
 """The learning rate to train with, as a share of the one where a ramp's loss is least. A ramp
 passes each learning rate in a step: an average of gradients follows it late."""
 _EDGE_SHARE = {"plain": 1 / 2, "averaging": 1 / 8}

@@ -27,7 +27,9 @@ _UPPER_SHARE, _UPPER_SHARE_EARLY = 0.25, 0.5
 _EARLY = 0.25
 """Before this share of the leader's way, steps are cheap and a change is better made at once."""
 _PLATEAU = 0.05
-"""While the leader's ln loss has fallen by less than this, only octaves are told apart."""
+"""While the leader's ln loss has fallen by less than this it tells nothing of its neighbours: it
+may be several octaves too low, or so high that the units have died."""
+_PLATEAU_OFFSETS = (-2, 2, -4, 4, -8)
 _SURE = 0.2
 """A higher learning rate must be ahead by this share of what its longer steps promise: next to
 the cliff, the lower of two equals is the better choice."""
@@ -122,7 +124,7 @@ class _Search:
         horizon = min(self._horizon, self._leader.steps)
         for trial in self._trials():
             steps = int(trial.share * horizon)
-            octave = abs(trial.offset) == 2
+            octave = abs(trial.offset) > 1
             if octave and steps < _FIRST_STEPS and self._horizon <= 2 * _FIRST_STEPS:
                 steps = _FIRST_STEPS
             if steps < (_FIRST_STEPS if octave else 2 * _FIRST_STEPS):
@@ -141,9 +143,8 @@ class _Search:
         return False
 
     def _trials(self) -> list[_Trial]:
-        curve = self._leader.curve
-        if curve.ln_loss[0] - curve.log_loss_at(self._leader.steps) < _PLATEAU:
-            return [_Trial(2, _LOWER_SHARE), _Trial(-2, _LOWER_SHARE)]
+        if self._on_plateau(self._leader.steps):
+            return [_Trial(offset, _LOWER_SHARE) for offset in _PLATEAU_OFFSETS]
         early = self._share(self._leader) < _EARLY
         octave = _OCTAVE_SHARE_EARLY if early else _OCTAVE_SHARE
         return [
@@ -153,6 +154,10 @@ class _Search:
             _Trial(-1, _LOWER_SHARE, only_if_hopeful=True),
             _Trial(1, _UPPER_SHARE_EARLY if early else _UPPER_SHARE),
         ]
+
+    def _on_plateau(self, step: int) -> bool:
+        curve = self._leader.curve
+        return bool(curve.ln_loss[0] - curve.log_loss_at(step) < _PLATEAU)
 
     def _affordable(self, other: int, steps: int) -> bool:
         """Whether the others together stay within what the leader's own steps allow."""
@@ -168,6 +173,9 @@ class _Search:
         if run.dead:
             return False
         at = min(run.steps, leader.steps)
+        if self._on_plateau(at):
+            ahead = leader.curve.log_loss_at(at) - run.curve.log_loss_at(at)
+            return ahead > _PLATEAU / 2
         # Next to the cliff, the lower of two equals is the better choice.
         earlier = max(1.0, at * 2.0 ** (-_SURE * abs(other - self._lead) / 2))
         ours, theirs = (earlier, at) if other > self._lead else (at, earlier)
