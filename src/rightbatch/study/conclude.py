@@ -37,7 +37,7 @@ _LEAST_SHARE = 0.15
 CHOOSABLE_SHARE = 0.25
 """Runs that came this far may be chosen without having arrived, when the budget ends."""
 _MOST_RATIO = 2.5
-_ROBUST_RATIO = 1.2
+_ROBUST_RATIO = 1.15
 """Of two learning rates half an octave apart the higher saves at most 1.41 × the steps. Where it
 saves less than this it is close to the cliff, and on other seeds may be beyond it."""
 _ROBUST_SHARE = 0.35

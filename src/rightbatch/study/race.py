@@ -36,9 +36,9 @@ _SPEND, _SPEND_AGAIN = 2.2, 1.8
 _HALF_WAY = 0.5
 _FIRST_LOOK, _LATER_LOOK = 0.6, 0.5
 """How far runs at another size go, as a share of the leader's steps so far, or to the target."""
-_WORTH_A_LOOK, _WORTH_CHANGING = 0.12, 0.03
+_WORTH_A_LOOK, _WORTH_CHANGING = 0.12, 0.02
 """A size is looked at if it is expected to cost at most e^0.12 times the best so far, the first
-time; it must be cheaper by e^−0.03 after that, and to lead."""
+time; it must be cheaper by e^−0.02 after that, and to lead."""
 _MOST_LOOKS = 3
 _FARTHEST = 4
 _LEFT_OVER = 1.5

@@ -22,7 +22,7 @@ _FIRST_STEPS = 8
 _PACE = 1.15
 """The leader goes on by this factor between two comparisons."""
 _OCTAVE_SHARE, _OCTAVE_SHARE_EARLY = 0.1, 0.2
-_LOWER_SHARE, _LOWER_FIRST_SHARE = 0.65, 0.2
+_LOWER_SHARE, _LOWER_FIRST_SHARE = 0.5, 0.2
 _UPPER_SHARE, _UPPER_SHARE_EARLY = 0.25, 0.5
 _EARLY = 0.25
 """Before this share of the leader's way, steps are cheap and a change is better made at once."""
