@@ -1,6 +1,8 @@
-"""The ruler: from a loss to the progress it stands for, against curves that are known exactly."""
+"""Learning curves against ones that are known exactly: steps to a loss, how far, how slow."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -8,153 +10,195 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rightbatch.laws.curve import LossCurve, make_loss_curve
+from rightbatch.laws.curve import LossCurve, compare_steps, make_loss_curve
 
 Array = NDArray[np.float64]
 
 
-def power_law(slope: float, *, num: int = 30, last: float = 100.0) -> tuple[Array, Array]:
-    """ℓ = 5 p^−slope at progress spaced evenly in logarithm."""
-    progress = np.geomspace(1.0, last, num)
-    return progress, 5.0 * progress**-slope
+def power_law(
+    slope: float, *, slower: float = 1.0, first: float = 1.0, last: float = 100.0, num: int = 60
+) -> LossCurve:
+    """ℓ = 5 (n / slower)^−slope, evaluated at steps spaced evenly in logarithm."""
+    steps = np.geomspace(first, last, num)
+    return make_loss_curve(list(steps), list(5.0 * (steps / slower) ** -slope))
 
 
-def progress_at(curve: LossCurve, loss: Array | float) -> Array:
-    return np.exp(curve.ln_progress_at(np.log(loss)))
+def straight(num: int = 21, *, stretched: float = 1.0) -> LossCurve:
+    """ln ℓ = −n / stretched at steps 1 × stretched, 2 × stretched, …"""
+    at = np.arange(1.0, num + 1)
+    return make_loss_curve(list(stretched * at), list(np.exp(-at)))
 
 
-# -------------------------------------------------------------------------------------- exact cases
+# ---------------------------------------------------------------------------------- steps to a loss
+
+
+def test_steps_to_a_loss_are_interpolated_between_evaluations() -> None:
+    """Where ln loss is straight, the mean over three neighbours leaves it as it is."""
+    curve = straight()
+    for steps in (2.0, 2.25, 7.5, 19.0):
+        assert curve.steps_to(-steps) == pytest.approx(steps, rel=1e-12)
+
+
+def test_a_loss_that_was_never_seen_takes_infinitely_many_steps() -> None:
+    assert straight().steps_to(-30.0) == math.inf
+
+
+def test_a_loss_above_the_first_is_met_at_the_first_evaluation() -> None:
+    assert straight().steps_to(5.0) == 1.0
+
+
+def test_the_running_minimum_never_rises_and_the_first_visit_counts() -> None:
+    """Down to e^−3, up again, down to e^−6: a loss between is met the first time only."""
+    ln_loss = [0.0, -1.0, -2.0, -3.0, -3.0, -3.0, -1.0, -1.0, -1.0, -5.0, -6.0, -6.0, -6.0]
+    curve = make_loss_curve(list(range(1, 14)), [math.exp(x) for x in ln_loss])
+    np.testing.assert_array_equal(curve.falling, np.minimum.accumulate(curve.smooth))
+    assert (np.diff(curve.falling) <= 0).all()
+    assert curve.steps_to(-2.0) == pytest.approx(3.0)
+    assert curve.steps_to(-3.0) == pytest.approx(5.0)
+    assert 9 < curve.steps_to(-3.5) < 11
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.floats(-14.0, 14.0))
+def test_lower_losses_never_take_fewer_steps(losses: list[float], ln_loss: float) -> None:
+    curve = make_loss_curve(list(range(1, len(losses) + 1)), losses)
+    steps = curve.steps_to(ln_loss)
+    assert steps >= 1
+    assert curve.steps_to(ln_loss - 1.0) >= steps
+    if math.isfinite(steps):
+        assert steps <= len(losses)
+
+
+# -------------------------------------------------------------------------------------- at a step
+
+
+def test_the_loss_at_a_step_is_the_mean_of_the_last_fifth_before_it() -> None:
+    curve = make_loss_curve(list(range(1, 21)), [math.exp(-n) for n in range(1, 21)])
+    assert curve.log_loss_at(20) == pytest.approx(-(16 + 17 + 18 + 19 + 20) / 5)
+    assert curve.log_loss_at(10) == pytest.approx(-(8 + 9 + 10) / 3)
+    assert curve.log_loss_at(3) == pytest.approx(-3)
+
+
+def test_between_distant_evaluations_the_last_one_before_is_taken() -> None:
+    curve = make_loss_curve([1, 10, 100], [math.e, 1.0, 1 / math.e])
+    assert curve.log_loss_at(60) == pytest.approx(0.0)
+    assert curve.log_loss_at(0.5) == math.inf
+
+
+def test_a_loss_that_was_no_number_makes_its_window_infinite_and_no_other() -> None:
+    curve = make_loss_curve(list(range(1, 12)), [1.0] * 9 + [None, None])
+    assert curve.log_loss_at(11) == math.inf
+    assert curve.log_loss_at(10) == math.inf
+    assert curve.log_loss_at(9) == pytest.approx(0.0)
+
+
+# ------------------------------------------------------------------------------------------ how far
 
 
 @pytest.mark.parametrize("slope", [0.1, 0.5, 1.0, 2.0])
-def test_a_power_law_is_inverted_exactly(slope: float) -> None:
-    progress, losses = power_law(slope)
-    curve = make_loss_curve(progress, losses)
-    between = np.sqrt(progress[1:-2] * progress[2:-1])
-    np.testing.assert_allclose(progress_at(curve, 5.0 * between**-slope), between, rtol=1e-6)
-    np.testing.assert_allclose(curve.slope(np.log(progress[-5:])), slope, rtol=1e-6)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_on_a_power_law_the_share_of_the_way_is_exact(slope: float, share: float) -> None:
+    curve = power_law(slope)
+    target = math.log(5.0) - slope * math.log(100.0 / share)
+    assert curve.share_of_way(target) == pytest.approx(share, rel=1e-6)
 
 
-@pytest.mark.parametrize("slope", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize("num", [3, 5, 8])
-def test_beyond_its_end_a_power_law_goes_on(slope: float, num: int) -> None:
-    progress, losses = power_law(slope, num=num, last=8.0)
-    curve = make_loss_curve(progress, losses)
-    beyond = np.array([9.0, 12.0, 40.0])
-    np.testing.assert_allclose(progress_at(curve, 5.0 * beyond**-slope), beyond, rtol=1e-6)
+def test_a_target_that_was_passed_is_the_whole_way() -> None:
+    assert power_law(0.5).share_of_way(math.log(4.0)) == 1.0
 
 
-def test_long_curves_go_on_too_from_their_smoothed_end() -> None:
-    """The last point is the mean of two; on a fine grid that moves the end by half a step."""
-    progress, losses = power_law(0.5, num=60)
-    curve = make_loss_curve(progress, losses)
-    step = progress[-1] / progress[-2]
-    found = float(progress_at(curve, 5.0 * 300.0**-0.5))
-    assert 300.0 / step <= found <= 300.0 * step
-
-
-def test_a_curve_that_bends_goes_on_with_its_slope_at_the_end() -> None:
-    """ln ℓ = −(ln p)²/4 has slope ln(p)/2: the parabola sees it, a straight fit would not."""
-    progress = np.geomspace(1.0, 50.0, 40)
-    curve = make_loss_curve(progress, np.exp(-(np.log(progress) ** 2) / 4))
-    assert float(curve.slope(np.log(50.0))) == pytest.approx(np.log(50.0) / 2, rel=1e-6)
-    assert float(curve.slope(np.log(20.0))) == pytest.approx(np.log(20.0) / 2, rel=1e-6)
-
-
-def test_losses_above_the_first_stand_for_less_progress_than_the_first() -> None:
-    progress, losses = power_law(0.5)
-    curve = make_loss_curve(progress, losses)
-    assert float(progress_at(curve, 1.5 * losses[0])) < progress[0]
-    assert float(progress_at(curve, losses[0])) == pytest.approx(progress[0], rel=1e-6)
-
-
-def test_the_order_of_the_evaluations_does_not_matter() -> None:
-    progress, losses = power_law(0.7)
-    shuffled = np.random.default_rng(0).permutation(len(progress))
-    one, other = (
-        make_loss_curve(progress, losses),
-        make_loss_curve(progress[shuffled], losses[shuffled]),
-    )
-    np.testing.assert_array_equal(one.ln_loss, other.ln_loss)
-    np.testing.assert_array_equal(one.ln_progress, other.ln_progress)
-
-
-# --------------------------------------------------------------------------------- monotone, robust
-
-
-@given(
-    st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=30),
-    st.floats(0.01, 10.0),
-    st.integers(0, 2**31),
-)
-def test_the_ruler_is_monotone_whatever_the_losses(
-    losses: list[float], first: float, seed: int
+@pytest.mark.parametrize("losses", [[2.0] * 20, [2.0 * 1.05**n for n in range(20)]])
+def test_a_curve_that_does_not_fall_is_far_from_a_lower_loss_and_not_infinitely(
+    losses: list[float],
 ) -> None:
-    gaps = np.random.default_rng(seed).uniform(0.05, 1.0, len(losses))
-    curve = make_loss_curve(first * np.exp(np.cumsum(gaps)), np.array(losses))
-    assert (np.diff(curve.ln_progress) > 0).all()
-    assert (np.diff(curve.ln_loss) < 0).all()
-    asked = np.linspace(np.log(1e4), np.log(1e-4), 300)
-    found = curve.ln_progress_at(asked)
-    assert np.isfinite(found).all()
-    assert (np.diff(found) >= -1e-9).all()
-    assert (curve.slope(np.linspace(-10.0, 10.0, 50)) > 0).all()
+    share = make_loss_curve(list(range(1, 21)), losses).share_of_way(math.log(1.5))
+    assert 0.0 < share < 0.01
 
 
-def test_a_flat_end_says_little_but_not_nothing() -> None:
-    """On a plateau a lower loss would be a very long way off, not infinitely far."""
-    progress = np.geomspace(1.0, 100.0, 30)
-    curve = make_loss_curve(progress, np.maximum(5.0 / progress, 0.2))
-    at_half = float(progress_at(curve, 0.1))
-    assert np.isfinite(at_half)
-    assert at_half > 10 * progress[-1]
+def test_too_few_evaluations_and_ones_that_diverged_tell_nothing() -> None:
+    assert make_loss_curve([], []).share_of_way(0.0) == 0.0
+    assert make_loss_curve([1, 2, 3], [3.0, 2.0, 1.0]).share_of_way(-1.0) == 0.0
+    dead = make_loss_curve(list(range(1, 11)), [1.0] * 9 + [None])
+    assert dead.share_of_way(-1.0) == 0.0
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_in_the_losses_moves_the_ruler_by_noise_over_slope(seed: int) -> None:
-    """2 % of noise on a slope of 0.5 is 4 % of progress for one point, less when smoothed."""
-    progress, losses = power_law(0.5, num=60)
-    noise = np.random.default_rng(seed).normal(0.0, 0.02, len(losses))
-    curve = make_loss_curve(progress, losses * np.exp(noise))
-    inside = np.geomspace(2.0, 60.0, 40)
-    error = np.log(progress_at(curve, 5.0 * inside**-0.5) / inside)
-    # The running minimum sees the lowest of what is noisy: a bias towards less progress.
-    assert np.abs(error).mean() < 0.06
-    assert np.abs(error).max() < 0.15
-    beyond = float(progress_at(curve, 5.0 * 130.0**-0.5))
-    assert beyond == pytest.approx(130.0, rel=0.2)
+# -------------------------------------------------------------------------------------- two curves
 
 
-def test_one_spike_does_not_tear_the_ruler() -> None:
-    progress, losses = power_law(0.5, num=60)
-    spiked = losses.copy()
-    spiked[30] *= 5
-    clean, torn = (make_loss_curve(progress, x) for x in (losses, spiked))
-    np.testing.assert_allclose(
-        progress_at(torn, losses[5:55]), progress_at(clean, losses[5:55]), rtol=0.2
-    )
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.0, 1.7, 4.0])
+def test_a_curve_stretched_by_a_factor_takes_that_many_times_the_steps(factor: float) -> None:
+    ratio = compare_steps(straight(), straight(stretched=factor))
+    assert ratio.log_ratio == pytest.approx(math.log(factor), abs=1e-12)
+    assert ratio.share == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+@pytest.mark.parametrize("factor", [0.4, 1.3, 3.0])
+def test_it_does_on_a_power_law_that_is_evaluated_elsewhere(slope: float, factor: float) -> None:
+    """Straight lines between the evaluations of a power law are off by their curvature."""
+    one = power_law(slope)
+    other = power_law(slope, slower=factor, first=1.5, last=40.0, num=41)
+    ratio = compare_steps(one, other)
+    assert ratio.log_ratio == pytest.approx(math.log(factor), abs=0.01)
+    assert ratio.share == pytest.approx(min(1.0, 40.0 / factor / 100.0), rel=0.05)
+
+
+def test_the_share_is_that_of_the_reference_at_the_lowest_loss_compared() -> None:
+    ratio = compare_steps(straight(20), straight(10, stretched=3.0))
+    # The last of the ten is smoothed with its neighbour and itself, a third of a step short.
+    assert ratio.share == pytest.approx((10 - 1 / 3) / 20)
+    assert ratio.log_ratio == pytest.approx(math.log(3.0), abs=0.01)
+
+
+def test_where_the_other_has_gone_further_the_references_end_is_compared() -> None:
+    ratio = compare_steps(straight(10), straight(20, stretched=0.5))
+    # The reference's end is smoothed, a third of its last step short.
+    assert ratio.log_ratio == pytest.approx(math.log(0.5 * (10 - 1 / 3) / 10), abs=0.01)
+    assert ratio.share == pytest.approx(1.0)
+
+
+def test_swapping_two_curves_turns_the_sign() -> None:
+    one, other = power_law(0.5), power_law(0.5, slower=2.0, last=200.0)
+    there, back = compare_steps(one, other), compare_steps(other, one)
+    assert there.log_ratio == pytest.approx(-back.log_ratio, abs=0.01)
+
+
+def test_a_run_that_diverged_at_the_end_has_only_its_earlier_losses_to_compare() -> None:
+    steps, losses = list(range(1, 13)), [math.exp(-n / 2.0) for n in range(1, 13)]
+    alive = compare_steps(straight(), make_loss_curve(steps, losses))
+    died = compare_steps(straight(), make_loss_curve([*steps, 13], [*losses, None]))
+    assert alive.log_ratio == pytest.approx(math.log(2.0), abs=0.01)
+    assert died.log_ratio == pytest.approx(math.log(2.0), abs=0.01)
+
+
+def test_with_a_run_that_never_had_a_loss_there_is_nothing_in_common() -> None:
+    for other in (make_loss_curve([1, 2, 3], [None, math.nan, math.inf]), make_loss_curve([], [])):
+        ratio = compare_steps(straight(), other)
+        assert ratio.log_ratio == math.inf
+        assert ratio.share == 0.0
 
 
 # ------------------------------------------------------------------------------------------- errors
 
 
-NAN, INF = float("nan"), float("inf")
+def test_none_infinity_and_losses_that_are_not_positive_are_no_numbers() -> None:
+    curve = make_loss_curve([1, 2, 3, 4, 5], [None, math.inf, math.nan, 0.0, -1.0])
+    assert (curve.ln_loss == math.inf).all()
+    assert curve.steps_to(0.0) == math.inf
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
-@pytest.mark.parametrize("where", [0, 1, 2])
-def test_impossible_numbers(bad: float, where: int) -> None:
-    progress, losses = np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])
-    wrong = losses.copy()
-    wrong[where] = bad
-    with pytest.raises(ValueError, match=r"needs at least 3 positive finite numbers as loss, and"):
-        make_loss_curve(progress, wrong)
-    wrong = progress.copy()
-    wrong[where] = bad
-    with pytest.raises(ValueError, match=r"3 positive finite numbers as progress, and got \["):
-        make_loss_curve(wrong, losses)
+def test_a_curve_without_a_point_ends_at_0() -> None:
+    curve = make_loss_curve([], [])
+    assert curve.last_step == 0.0
+    assert curve.log_loss_at(3) == math.inf
+    assert curve.steps_to(0.0) == math.inf
 
 
-def test_two_points_are_no_ruler() -> None:
-    with pytest.raises(ValueError, match=r"needs at least 3 positive .* and got \[.*2.0"):
-        make_loss_curve(np.array([1.0, 2.0]), np.array([2.0, 1.0]))
+@pytest.mark.parametrize("steps", [[0, 1], [-1, 2], [2, 1], [1, 1]])
+def test_steps_must_ascend_from_above_0(steps: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"needs ascending positive steps .*; got \[.* 2 losses"):
+        make_loss_curve(steps, [1.0, 1.0])
+
+
+def test_there_must_be_as_many_losses_as_steps() -> None:
+    with pytest.raises(ValueError, match=r"as many losses; got \[1, 2, 3\] and 2 losses"):
+        make_loss_curve([1, 2, 3], [1.0, 1.0])

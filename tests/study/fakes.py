@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rightbatch.laws.critical_batch import USUAL
 from rightbatch.laws.linear_regression import LinearRegression, best_steps, steps_to_target
 from rightbatch.study.conclude import choose_trial, conclude, trial_curves
 from rightbatch.study.race import Race, RaceSettings
@@ -229,6 +230,7 @@ def make_race(
     sizes: Sequence[int] = SIZES,
     normalised: bool = False,
     averaging: bool = False,
+    usual_batch: float = USUAL["plain"],
     seed: int = 0,
     **more: Any,
 ) -> Race:
@@ -240,6 +242,7 @@ def make_race(
         first_lr=first_lr,
         normalised=normalised,
         averaging=averaging,
+        usual_batch=usual_batch,
         settings=settings or RaceSettings(most_examples=2_000_000),
         target_loss=target_loss,
         seed=seed,
