@@ -71,4 +71,4 @@ def test_the_target_is_above_the_floor() -> None:
     target = catalog.get("quadratic").parsed_target
     assert target is not None
     floor = KNOWN.noise_variance / 2
-    assert math.isclose((target.value - floor) / 3.0, 0.01, rel_tol=0.01)
+    assert math.isclose((target.value - floor) / 3.0, 1 / 300, rel_tol=0.01)
