@@ -216,7 +216,7 @@ def _runs(plan: Plan, race: RaceRecord) -> str:
 
     rows = [
         (
-            f"{_ending(trial)}{', the recipe' if is_recipe(trial) else ''}",
+            f"{'the recipe: ' if is_recipe(trial) else ''}{_ending(trial)}",
             f"{trial.global_batch:,}",
             show_number(_round(trial.learning_rate)),
             f"{trial.steps:,}",
@@ -253,7 +253,7 @@ def _ending(trial: TrialRecord) -> str:
         return "diverged"
     if trial.steps_to_target is not None:
         return "met the target"
-    return "ended before"
+    return "stopped"
 
 
 def _cost(plan: Plan) -> str:

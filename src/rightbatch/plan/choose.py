@@ -176,18 +176,18 @@ def _batch_reason(goal: Goal, race: RaceRecord, outlook: Outlook, trial: TrialRe
     instead = (
         ""
         if unseen is None
-        else f" By it batch {unseen:,} may take {_number(shares[unseen] / shares[batch])} × the "
+        else f" Then batch {unseen:,} may take {_number(shares[unseen] / shares[batch])}× the "
         f"{cost}, but it was not run far enough to be chosen."
     )
     if not outlook.seen:
-        least = "" if instead else f", by which no size takes less {cost}"
+        least = "" if instead else f", and then no size takes less {cost}"
         return (
-            "No other size was run far enough to compare. The critical batch that is usual for "
-            f"such an optimizer is {law}{least}.{instead}"
+            "No other size was run far enough to compare. By the noise probe and what is usual for "
+            f"the optimizer, the critical batch is about {law}{least}.{instead}"
         )
     ratios = _list(
         [
-            f"batch {s.measured.global_batch:,} took {_number(math.exp(s.measured.log_ratio))} ×"
+            f"batch {s.measured.global_batch:,} took {_number(math.exp(s.measured.log_ratio))}×"
             for s in outlook.seen
         ]
     )
@@ -222,12 +222,16 @@ def _rate_reason(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> st
         if not math.isfinite(ratio):
             continue
         early = ", early on" if other.steps < trial.steps / 2 else ""
-        parts.append(f"{rate:.3g} took {_number(math.exp(ratio))} ×{early}")
+        parts.append(f"{rate:.3g} took {_number(math.exp(ratio))}×{early}")
         best = best and ratio >= 0
         safer = safer or (ratio < 0 and half_octaves > 0)
     found = f"{'Best of' if best else 'Chosen among'} {len(at_batch)} tried at batch {batch:,}."
     told = f" Steps to the same loss, against its own: {'; '.join(parts)}." if parts else ""
-    safe = " Of two that are nearly alike the lower is the safer." if safer else ""
+    safe = (
+        " A higher one that is ahead by little is passed over: it is closer to divergence."
+        if safer
+        else ""
+    )
     edge = evidence.learning_rate.edge.value
     ramp = (
         ""
@@ -264,7 +268,7 @@ def _predict(
         return step_seconds(evidence.throughput, batch, largest, setting.replicas)
 
     size = trial.global_batch
-    ratio = outlook.log_steps[:, outlook.sizes.index(size)]
+    ratio = outlook.log_steps[:, outlook.sizes.index(size)] + _behind(race, outlook, trial)
     log_steps = math.log(_leader_steps(race)) + ratio
     if trial.steps_to_target is not None:
         log_steps = np.full(len(ratio), math.log(trial.steps_to_target))
@@ -280,6 +284,18 @@ def _predict(
         examples=_estimate(log_steps, float(size), n),
         speedup=speedup,
     )
+
+
+def _behind(race: RaceRecord, outlook: Outlook, trial: TrialRecord) -> float:
+    """How many times the steps of the run that stands for its size a run takes, as ln."""
+    best = race.leader
+    if trial.global_batch != outlook.leader:
+        at = (s.trial for s in outlook.seen if s.measured.global_batch == trial.global_batch)
+        best = next(at)
+    if race.trials[best] == trial:
+        return 0.0
+    ratio = compare_steps(trial_curve(race.trials[best]), trial_curve(trial)).log_ratio
+    return ratio if math.isfinite(ratio) else 0.0
 
 
 _SEED_SPREAD = 0.15
@@ -319,8 +335,8 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
         )
     elif trial.state != "reached":
         found.append(
-            f"The run with batch {trial.global_batch:,} was ended before it met the target, to "
-            "save cost; that it will is predicted, not seen."
+            "The recipe's own run was stopped before it met the target, to save cost. That it will "
+            "meet it is predicted, not seen."
         )
     early = _ENDED_EARLY.get(race.stopped_by)
     if early is not None:
@@ -379,9 +395,9 @@ def _choose_by_probes(evidence: Evidence) -> _Choice:
 
 def _probed_batch_reason(evidence: Evidence, critical: float) -> str:
     points = [p.value for p in evidence.noise_scale.trajectory if p.value is not None]
-    noise = f"a noise scale B_simple of {points[-1]:.3g} and " if points else ""
+    noise = f"a noise scale B_simple of {_number(points[-1])} and " if points else ""
     knee = evidence.throughput.step_time.law.knee.value
-    limit = "" if knee is None else f"; the step time has its knee at {knee:.3g}"
+    limit = "" if knee is None else f"; the step time has its knee at {_number(knee)}"
     return (
         f"Cheapest by the laws for a critical batch of about {_number(critical)}, which {noise}"
         f"what is usual for the optimizer suggest{'' if points else 's'}{limit}."
@@ -424,7 +440,7 @@ def _other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Rea
         Reason(
             field="accumulation",
             because="Micro-batch × accumulation × replicas is the batch size: "
-            f"{recipe.micro_batch:,} × {recipe.accumulation} × {recipe.replicas} = "
+            f"{recipe.micro_batch:,} × {recipe.accumulation:,} × {recipe.replicas} = "
             f"{recipe.global_batch:,}.",
             source="arithmetic",
         ),
