@@ -20,10 +20,10 @@ from rightbatch.cli import main
 from rightbatch.cli.render_plan import advantage_of, answer, plan_text
 from rightbatch.laws.estimate import Estimate
 from rightbatch.plan import Plan, make_plan
-from rightbatch.plan.choose import max_micro_batch, step_seconds
 from rightbatch.plan.make import describe_environment
+from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import NearBest, Prediction
-from rightbatch.study.records import RaceRecord
+from rightbatch.study.records import RaceRecord, TrialPoint, TrialRecord
 
 Captured = pytest.CaptureFixture[str]
 
@@ -68,27 +68,42 @@ def one_line(text: str) -> str:
 
 def test_the_answer_says_what_to_do_what_it_gains_and_what_it_rests_on(plan: Plan) -> None:
     text = answer(choosing(plan, 64, FASTER))
+    target = plan.evidence.setting.target
     assert text.startswith(
-        "Train with batch 64 at learning rate 0.512: about 2.1 (1.6–2.7) times as fast to "
-        "val_loss<=0.25 as batch 32; 32 to 128 are probably as good. It rests on four probes, "
-        "one training with batch 32 and "
+        "Train with batch 64 at learning rate 0.512: predicted to be 2.1 (1.6–2.7) times as fast "
+        f"to {target} as batch 32 at its best learning rate; the best batch is probably "
+        "within 32 to 128. It rests on four probes and "
     )
+    race = race_of(plan)
+    assert f"{len(race.trials)} runs at " in text
+    arrived = sum(t.state == "reached" for t in race.trials)
+    assert text.endswith(f", {arrived} of them to the target.")
     assert "doubt" not in text
 
 
 def test_a_difference_that_may_be_none_is_said_to_be_within_the_doubt(plan: Plan) -> None:
     unsure = Estimate(value=1.3, low=0.83, high=2.1, n=5)
-    assert "about 1.3 (0.83–2.1) times as fast" in answer(choosing(plan, 64, unsure))
+    assert "predicted to be 1.3 (0.83–2.1) times as fast" in answer(choosing(plan, 64, unsure))
     assert "a difference within the doubt;" in answer(choosing(plan, 64, unsure))
+    barely = Estimate(value=1.6, low=1.02, high=2.4, n=5)
+    shown = answer(choosing(plan, 64, barely))
+    assert "(1–2.4)" in shown
+    assert "within the doubt" in shown, "what is printed as 1 is no difference"
     slower = Estimate(value=0.5, low=0.4, high=0.6, n=5)
     assert "within the doubt" not in answer(choosing(plan, 64, slower))
 
 
-def test_the_baseline_itself_is_said_to_be_the_answer(plan: Plan) -> None:
+def test_the_usual_default_is_said_to_be_the_answer(plan: Plan) -> None:
     text = answer(choosing(plan, 32, None))
     assert text.startswith(
-        "Train with batch 32 at learning rate 0.512, the baseline itself: none of"
+        "Train with batch 32 at learning rate 0.512, the usual default batch; the best batch is"
     )
+
+
+def test_where_batch_32_is_not_open_nothing_is_compared_with_it(plan: Plan) -> None:
+    text = answer(choosing(plan, 64, None))
+    assert text.startswith("Train with batch 64 at learning rate 0.512; the best batch is")
+    assert "32 at" not in text
 
 
 def test_without_a_race_nothing_is_claimed_to_be_faster(plan: Plan) -> None:
@@ -104,20 +119,22 @@ def test_without_a_race_nothing_is_claimed_to_be_faster(plan: Plan) -> None:
 def test_a_target_that_was_not_given_or_not_met_is_not_named(plan: Plan) -> None:
     chosen = choosing(plan, 64, FASTER)
     named = with_race(chosen, target_loss=0.4567, target_reached=False)
-    assert "times as fast to a loss of 0.457 as batch 32" in answer(named)
-    assert "to a loss of" in answer(with_setting(chosen, target=None))
+    assert "times as fast to a loss of 0.457 as batch 32 at" in answer(named)
+    unasked = answer(with_setting(chosen, target=None))
+    assert "to a loss of" in unasked
+    assert "to the target" not in unasked
 
 
 def test_one_near_best_size_is_said_to_stand_alone(plan: Plan) -> None:
     alone = replace(choosing(plan, 64, FASTER), near_best=NearBest(low=64, high=64))
-    assert "no other size is predicted to be as good" in answer(alone)
+    assert "no other batch is predicted to be as good" in answer(alone)
 
 
 @pytest.mark.parametrize(
     ("goal", "expected", "words"),
     [
-        ("steps", 3.0, "about 3 (2–4) times fewer steps to"),
-        ("examples", 1.5, "about 1.5 (1–2) times fewer examples to"),
+        ("steps", 3.0, "predicted to take 3 (2–4) times fewer steps to"),
+        ("examples", 1.5, "predicted to take 1.5 (1–2) times fewer examples to"),
         ("time", None, "times as fast to"),
         ("quality", None, "times as fast to"),
     ],
@@ -151,14 +168,37 @@ def test_the_text_shows_all_that_a_reader_needs_in_80_columns(plan: Plan) -> Non
         assert reason.source in shown
     for label in ("batch size", "learning rate", "micro-batch", "accumulation", "precision"):
         assert f"\n{label}  " in text
-    for trial in race_of(plan).trials:
-        if trial.points and trial.kind != "ladder":
-            assert f"{trial.steps:,}" in text
+    race = race_of(plan)
+    rows = text[text.index("\nrun  ") :].splitlines()
+    for trial in race.trials:
+        if trial.steps >= 0.2 * race.trials[race.leader].steps:
+            rate = f"{trial.learning_rate:.3g}"
+            assert any({rate, f"{trial.steps:,}"} <= set(row.split()) for row in rows), trial
+    (recipe,) = [row for row in rows if row.startswith("the recipe: ")]
+    assert f"{plan.recipe.learning_rate:.3g}" in recipe.split()
     for warning in plan.warnings:
         assert one_line(warning) in shown
     assert f"{plan.cost.examples:,} examples" in shown
     assert "full trainings with batch 32" in shown
     assert f"torch {torch.__version__}" in shown
+
+
+def test_runs_that_were_given_up_early_are_told_in_a_sentence(plan: Plan) -> None:
+    leader = race_of(plan).trials[race_of(plan).leader]
+    last = TrialPoint(steps=1, loss=2.0)
+    quick = replace(leader, learning_rate=7.0, state="stopped", steps_to_target=None)
+    one = replace(quick, points=(last,))
+    dead = replace(one, learning_rate=9.0, state="diverged", points=(replace(last, loss=None),))
+
+    def shown(*short: TrialRecord) -> str:
+        return one_line(plan_text(with_race(plan, leader=0, trials=(leader, *short))))
+
+    assert "given up early" not in shown()
+    assert "1 more, with learning rate 7, was given up early." in shown(one)
+    assert "with learning rate 9, was given up early when it diverged." in shown(dead)
+    assert "2 more, with learning rates 7 to 9, were given up early, 1 of them diverged" in shown(
+        one, dead
+    )
 
 
 def test_every_reason_stands_beside_its_value(plan: Plan) -> None:
@@ -183,10 +223,10 @@ def test_an_interrupted_race_prints_its_best_keeps_it_and_exits_130(
     assert captured.out.startswith("Train with batch")
     assert captured.err == "rightbatch: Interrupted.\n"
     assert main(["plan", "--replay", str(out)]) == 0, "to replay it is no interruption"
-    assert "ended early (interrupt)" in one_line(capsys.readouterr().out)
+    assert "ended early (interrupted)" in one_line(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("moment", "prints"), [("memory:", False), ("race: branching", True)])
+@pytest.mark.parametrize(("moment", "prints"), [("memory:", False), ("race: looking", True)])
 def test_ctrl_c_ends_a_plan_with_what_it_has(moment: str, prints: bool) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "rightbatch", "plan", "source-lm", "--effort", "race", "--json"],
@@ -200,6 +240,8 @@ def test_ctrl_c_ends_a_plan_with_what_it_has(moment: str, prints: bool) -> None:
     for line in process.stderr:
         if moment in line:
             break
+    if prints:
+        time.sleep(3)  # far more than the first comparison takes, far less than the race
     begin = time.perf_counter()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to children too
     out, err = process.communicate(timeout=20)
@@ -208,7 +250,12 @@ def test_ctrl_c_ends_a_plan_with_what_it_has(moment: str, prints: bool) -> None:
     assert "Traceback" not in err
     assert err.splitlines()[-1] == "rightbatch: Interrupted."
     if prints:
-        assert json.loads(out)["evidence"]["race"]["stopped_by"] == "interrupt"
+        found = json.loads(out)
+        race = found["evidence"]["race"]
+        assert race["stopped_by"] == "interrupt"
+        assert found["effort"] == "race"
+        assert found["recipe"]["learning_rate"] in [t["learning_rate"] for t in race["trials"]]
+        assert any("ended early (interrupted)" in warning for warning in found["warnings"])
         assert seconds < 4
     else:
         assert out == ""

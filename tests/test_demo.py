@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 import rightbatch
-from rightbatch.demo import Outcome, Side, comparison_text, contestants, measure_side, speedup
+from rightbatch.demo import (
+    Outcome,
+    Side,
+    comparison_text,
+    contestants,
+    find_default_rate,
+    measure_side,
+    speedup,
+)
+from rightbatch.plan import probe
 from rightbatch.recipe import Recipe
 
 
@@ -98,21 +107,69 @@ def test_a_target_that_is_missed_is_told() -> None:
     assert "is the usual default" in comparison_text([met], "val_loss<=1")
 
 
-def plan_with(recipe: Recipe, baseline_rate: float) -> Any:
-    baseline = SimpleNamespace(learning_rate=baseline_rate)
-    evidence = SimpleNamespace(race=SimpleNamespace(baseline=baseline))
-    return SimpleNamespace(recipe=recipe, evidence=evidence)
+def plan_with(recipe: Recipe) -> Any:
+    return SimpleNamespace(recipe=recipe, evidence=None)
 
 
 def test_the_default_is_compared_at_its_own_rate_and_at_the_recipes() -> None:
-    found = contestants(plan_with(Recipe(global_batch=128, learning_rate=1.5), 1.0))
-    assert [(r.global_batch, r.learning_rate) for r in found.values()] == [
-        (128, 1.5),
-        (32, 1.0),
-        (32, 1.5),
-    ]
-    same = contestants(plan_with(Recipe(global_batch=32, learning_rate=1.0), 1.0))
+    found = contestants(plan_with(Recipe(global_batch=128, learning_rate=1.5)), 1.0)
+    assert {title: (r.global_batch, r.learning_rate) for title, r in found.items()} == {
+        "the recipe": (128, 1.5),
+        "default, best rate": (32, 1.0),
+        "default, same rate": (32, 1.5),
+    }
+    assert list(found) == ["the recipe", "default, best rate", "default, same rate"]
+
+
+def test_nothing_is_compared_twice() -> None:
+    same = contestants(plan_with(Recipe(global_batch=32, learning_rate=1.0)), 1.0)
     assert list(same) == ["the recipe"]
+    alike = contestants(plan_with(Recipe(global_batch=128, learning_rate=1.0)), 1.0)
+    assert list(alike) == ["the recipe", "default, best rate"]
+
+
+@pytest.mark.parametrize("leader", [0, 1])
+def test_the_defaults_best_rate_is_what_a_race_of_batch_32_alone_finds(
+    monkeypatch: pytest.MonkeyPatch, leader: int
+) -> None:
+    asked: list[Any] = []
+
+    def race(_: Any, __: Any, sizes: Any, **___: Any) -> Any:
+        asked.append(sizes)
+        trials = [SimpleNamespace(learning_rate=rate) for rate in (0.25, 0.5)]
+        return SimpleNamespace(trials=trials, leader=leader)
+
+    monkeypatch.setattr("rightbatch.demo.run_race", race)
+    plan = plan_with(Recipe(global_batch=128, learning_rate=1.5))
+    assert find_default_rate(rightbatch.load_workload("quadratic"), plan) == (0.25, 0.5)[leader]
+    assert asked == [[32]]
+
+
+def test_without_a_race_the_default_begins_where_the_probe_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rightbatch.demo.run_race", lambda *_, **__: None)
+    monkeypatch.setattr("rightbatch.demo.starting_rate", lambda _: 0.125)
+    plan = plan_with(Recipe(global_batch=128, learning_rate=1.5))
+    assert find_default_rate(rightbatch.load_workload("quadratic"), plan) == 0.125
+
+
+def test_the_defaults_best_rate_is_found_by_real_runs() -> None:
+    workload = rightbatch.load_workload("quadratic")
+    plan: Any = SimpleNamespace(evidence=probe(workload, memory_limit="1GiB"))
+    rate = find_default_rate(workload, plan)
+    steps = {
+        factor: measure_side(
+            workload,
+            plan,
+            "it",
+            Recipe(global_batch=32, learning_rate=factor * rate),
+            seeds=(1, 2, 3),
+        ).outcomes
+        for factor in (0.25, 1.0)
+    }
+    assert all(o.reached for o in steps[1.0])
+    assert sum(o.steps for o in steps[1.0]) < sum(o.steps for o in steps[0.25])
 
 
 def test_runs_go_to_the_target_on_each_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rightbatch import Workload, catalog
+from rightbatch.cli.render_plan import plan_text
 from rightbatch.errors import RightbatchError, UsageError, WorkloadError
-from rightbatch.plan import make_plan, probe
+from rightbatch.plan import make_plan, probe, replay_plan
 from rightbatch.plan.make import parse_seconds
 
 # --------------------------------------------------------------------------------- no trace left
@@ -39,6 +40,7 @@ def test_the_evidence_says_where_and_how_it_was_measured(made: Made) -> None:
     assert evidence.setting.num_examples == 1024
     assert evidence.setting.optimizer == "SGD"
     assert not evidence.setting.normalised
+    assert not evidence.setting.averaging
     assert evidence.setting.target == catalog.get("quadratic").target
     assert evidence.setting.budget_seconds is None
     assert evidence.environment.torch == torch.__version__
@@ -69,6 +71,64 @@ def test_fewer_examples_than_the_usual_batch_and_no_validation_set() -> None:
     assert plan.evidence.setting.normalised
     assert plan.effort == "race"
     assert any("No target was given" in w for w in plan.warnings)
+
+
+def test_more_replicas_than_the_usual_batch_are_compared_with_nothing() -> None:
+    """Batch 32 is not open to 64 workers: no speed-up over it, no cost in its trainings."""
+    plan = make_plan(small(256), effort="race", replicas=64, target="train_loss<=0.2")
+    race = plan.evidence.race
+    assert race is not None
+    assert race.sizes == (64, 128, 256)
+    assert race.target_reached
+    assert plan.recipe.replicas == 64
+    assert plan.recipe.micro_batch * plan.recipe.accumulation * 64 == plan.recipe.global_batch
+    assert plan.near_best.low >= 64
+    assert plan.prediction is not None
+    assert plan.prediction.steps.value is not None
+    assert plan.prediction.speedup is None
+    assert plan.cost.full_trainings is None
+    text = plan_text(plan)
+    assert "batch 32 at" not in text
+    assert "full trainings" not in text
+    assert replay_plan(plan) == plan
+
+
+def test_a_target_that_no_run_reaches_is_planned_up_to_the_loss_that_was() -> None:
+    plan = make_plan(small(), effort="race", target="train_loss<=1e-30")
+    race = plan.evidence.race
+    assert race is not None
+    assert not race.target_reached
+    assert race.target_loss > 1e-30
+    assert any("train_loss<=1e-30 was not reached" in w for w in plan.warnings)
+    assert plan.prediction is not None
+    assert "to a loss of" in plan_text(plan)
+
+
+def test_the_setting_says_whether_the_optimizer_averages_gradients() -> None:
+    def momentum(params: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+    adam = probe(small(8)).setting
+    assert (adam.normalised, adam.averaging) == (True, True)
+    heavy = probe(small(8, make_optimizer=momentum)).setting
+    assert (heavy.normalised, heavy.averaging) == (False, True)
+
+
+def test_a_race_that_is_interrupted_is_the_best_so_far() -> None:
+    """Ctrl-C while the leader is on its way, at a step that is always the same."""
+
+    def stop(text: str, *_: Any) -> None:
+        if "on to the target" in text:
+            raise KeyboardInterrupt
+
+    plan = make_plan(small(64), effort="race", target="train_loss<=0.001", progress=stop)
+    race = plan.evidence.race
+    assert race is not None
+    assert race.stopped_by == "interrupt"
+    assert any("ended early (interrupted)" in w for w in plan.warnings)
+    assert plan.recipe.learning_rate in {t.learning_rate for t in race.trials}
+    assert plan.prediction is not None
+    assert replay_plan(plan) == plan
 
 
 def test_auto_with_a_tiny_budget_is_a_probe_and_says_what_more_would_take() -> None:
