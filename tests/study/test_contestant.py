@@ -40,7 +40,7 @@ def contestant(
 ) -> tuple[TrainingContestant, Training]:
     training = Training(workload, recipe(20, learning_rate))
     parsed = None if target is None else parse_target(target)
-    return TrainingContestant(training, parsed, recipe), training
+    return TrainingContestant(training, parsed), training
 
 
 def loss_on(training: Training, part: slice) -> float:
@@ -98,18 +98,6 @@ def test_a_run_that_diverged_has_an_infinite_loss_and_has_not_arrived() -> None:
     look = runner.look()
     assert look.loss == math.inf
     assert not look.reached
-
-
-def test_a_fork_goes_on_with_its_own_recipe_and_the_original_with_its_own() -> None:
-    runner, training = contestant(make(), None)
-    runner.advance(3)
-    before = runner.look()
-    other = runner.fork(50, 0.2)
-    assert other.look() == before
-    other.advance(4)
-    assert runner.look() == before
-    assert training.examples == 60
-    assert other.look() != before
 
 
 def test_looking_does_not_change_how_training_goes_on() -> None:

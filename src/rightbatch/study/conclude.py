@@ -137,7 +137,7 @@ def look_at_sizes(
     best: dict[int, SizeSeen] = {}
     for index, (cell, curve) in enumerate(curves):
         batch = cell.global_batch
-        if batch == reference or len(curve.steps) < 3:
+        if batch == reference or len(curve.steps) < 3 or _diverged(curve):
             continue
         seen = _see(index, batch, reference, curve, ruler, leader_share)
         if seen is None:
@@ -182,6 +182,11 @@ def _see(
         ),
         share=share,
     )
+
+
+def _diverged(curve: LossCurve) -> bool:
+    """Whether it ended without a number: such a run is neither compared nor chosen."""
+    return len(curve.steps) > 0 and not math.isfinite(curve.ln_loss[-1])
 
 
 def _optimism(seen: SizeSeen) -> float:
@@ -237,7 +242,7 @@ def choose_trial(outlook: Outlook, curves: Sequence[tuple[Cell, LossCurve]], lea
     cell, curve = curves[chosen]
     for index, (other, other_curve) in enumerate(curves):
         below = math.isclose(other.learning_rate * math.sqrt(2), cell.learning_rate, rel_tol=1e-6)
-        if other.global_batch == cell.global_batch and below:
+        if other.global_batch == cell.global_batch and below and not _diverged(other_curve):
             ratio = compare_steps(curve, other_curve)
             if ratio.share >= _ROBUST_SHARE and ratio.log_ratio < math.log(_ROBUST_RATIO):
                 return index

@@ -123,7 +123,17 @@ class Race:
     @property
     def has_answer(self) -> bool:
         """Whether a run has come far enough to be recommended, if only as the best so far."""
-        return self._leader is not None and bool(self._runs[self._leader].points)
+        return self._best_so_far() is not None
+
+    def _best_so_far(self) -> tuple[int, int] | None:
+        """The leader, or where it has just diverged the run with the lowest loss."""
+        if self._leader is None:
+            return None
+        alive = [place for place, run in self._runs.items() if run.points and not run.dead]
+        if self._leader in alive:
+            return self._leader
+        losses = {place: self._runs[place].points[-1].loss or math.inf for place in alive}
+        return min(alive, key=losses.__getitem__, default=None)
 
     def record(self, evaluation_size: int) -> RaceRecord:
         """The race so far.
@@ -137,12 +147,13 @@ class Race:
         Raises:
             ValueError: If nothing was run yet, or everything diverged.
         """
-        if self._leader is None or not self.has_answer:
+        best = self._best_so_far()
+        if best is None:
             raise ValueError("The race ended before it had an answer; there is nothing to record.")
         begun = {place: run for place, run in self._runs.items() if run.points}
-        leader = self._runs[self._leader]
+        leader = self._runs[best]
         return RaceRecord(
-            leader=list(begun).index(self._leader),
+            leader=list(begun).index(best),
             target_loss=self._target_loss(leader),
             target_reached=leader.state == "reached",
             normalised=self._normalised,
