@@ -81,7 +81,7 @@ class Result:
 
 
 PROBLEMS = {
-    # B_c about 10, and about 60: a third of what is usual, and near it.
+    # B_c about 15, far below the usual 100, and about 45.
     "few": {"share": 0.05, "noise_variance": 0.3, "dimension": 8},
     "usual": {"share": 0.05, "noise_variance": 2.0, "dimension": 32, "largest": 1.0},
 }
@@ -121,7 +121,7 @@ def test_a_race_to_a_target_reaches_it_and_its_record_is_sound(
     assert_choosable(result.record, result.price)
 
 
-@pytest.mark.parametrize(("name", "median", "worst"), [("usual", 0.15, 0.4), ("few", 0.25, 0.6)])
+@pytest.mark.parametrize(("name", "median", "worst"), [("usual", 0.15, 0.4), ("few", 0.3, 0.65)])
 def test_on_exact_expected_sgd_the_choice_costs_little_more_than_the_best(
     name: str, median: float, worst: float
 ) -> None:
@@ -129,6 +129,14 @@ def test_on_exact_expected_sgd_the_choice_costs_little_more_than_the_best(
     regrets = [result.regret for result in every_race(name)]
     assert np.median(regrets) <= median, np.round(regrets, 3)
     assert max(regrets) <= worst, np.round(regrets, 3)
+
+
+def test_where_single_digit_batches_are_best_the_choice_is_far_from_them() -> None:
+    """A known weakness: the search begins at 32, and one look at 16 at half the rate misleads."""
+    results = [quadratic_race(name, factor, 2e-5) for name in PROBLEMS for factor in FACTORS]
+    assert all(result.problem.best_size(result.price) <= 8 for result in results)
+    regrets = [result.regret for result in results]
+    assert max(regrets) <= 2.5, np.round(regrets, 3)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
