@@ -56,7 +56,7 @@ _ENTRIES = (
         module="tables",
         num_examples=455,
         optimizer="SGD, momentum 0.9",
-        target="val_loss<=0.055",
+        target="val_loss<=0.06",
         description="benign or malignant from 30 measurements; 30-16-2 ReLU network",
     ),
     Entry(

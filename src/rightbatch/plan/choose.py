@@ -323,7 +323,12 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
     leader = race.trials[race.leader]
     came = f"batch {leader.global_batch} in {leader.examples:,} examples"
     found: list[str] = []
-    if setting.target is None:
+    if setting.goal == "quality":
+        found.append(
+            f"Planned for the best loss: {came} reached {race.target_loss:.4g}, and the recipe is "
+            "what is expected to get there at least cost."
+        )
+    elif setting.target is None:
         found.append(
             f"No target was given. The loss counts as trained at {race.target_loss:.4g}, which "
             f"{came} reached. Pass target='val_loss<=…' to plan for the loss that you want."

@@ -74,7 +74,7 @@ def make_plan(
     Args:
         workload: What to train.
         goal: `time`: least modelled seconds to the target; `examples`: least compute; `steps`:
-            fewest updates; `quality`: the best loss for what one run costs.
+            fewest updates; `quality`: the best loss within a fixed cost, whatever the target says.
         effort: `probe`: measure, run no training. `race`: a few runs' cost. `auto`: a race if
             one fits the budget.
         budget: Wall time, such as `"2min"` or seconds. Default: two minutes for `auto`; none
@@ -104,6 +104,9 @@ def make_plan(
         raise UsageError(f"replicas is {replicas}; it must be at least 1.")
     if target is not None:
         workload = replace(workload, target=target)
+    if goal == "quality":
+        # What costs least to the loss that a fixed cost reaches, reaches the lowest loss with it.
+        workload = replace(workload, target=None)
     if budget is None and effort == "auto":
         budget = DEFAULT_BUDGET
     seconds = None if budget is None else parse_seconds(budget)

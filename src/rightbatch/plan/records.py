@@ -24,7 +24,7 @@ class Setting:
 
     Attributes:
         goal: What should be least: modelled seconds, examples or steps to the target; `quality`
-            asks for the best loss within the baseline's cost.
+            asks for the best loss within a fixed number of epochs' cost; the target is left out.
         effort: What was asked for.
         budget_seconds: Wall time that was allowed, or None.
         target: The target in words, or None.
@@ -101,7 +101,7 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class NearBest:
-    """Batch sizes predicted within 5 % of the best."""
+    """The sizes among which one within 5 % of the best probably is, at most 8 × apart."""
 
     low: int
     high: int
@@ -115,7 +115,8 @@ class Prediction:
         steps: Updates.
         seconds: Modelled seconds: steps × measured step time.
         examples: Training examples.
-        speedup: Modelled seconds of the baseline ÷ those of the recipe; None without a race.
+        speedup: Modelled seconds of batch 32 at its best learning rate ÷ those of the recipe; None
+            without a race, where 32 is not open, or where it is the recipe's batch.
     """
 
     steps: Estimate
@@ -131,7 +132,8 @@ class Cost:
     Attributes:
         examples: Training examples processed, by probes and race together.
         seconds: Wall time.
-        full_trainings: Examples ÷ those of the baseline's run to the target; None without a race.
+        full_trainings: Examples ÷ those that batch 32 is predicted to take to the target; None
+            without a race.
     """
 
     examples: int

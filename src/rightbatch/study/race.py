@@ -39,6 +39,8 @@ _FIRST_LOOK, _LATER_LOOK = 0.6, 0.5
 _WORTH_A_LOOK, _WORTH_CHANGING = 0.12, 0.02
 """A size is looked at if it is expected to cost at most e^0.12 times the best so far, the first
 time; it must be cheaper by e^−0.02 after that, and to lead."""
+_FIRST_LOOK_PAYS = 2.0
+"""The first look is at a size that takes at most this many times the leader's examples."""
 _MOST_LOOKS = 3
 _FARTHEST = 4
 _LEFT_OVER = 1.5
@@ -210,6 +212,7 @@ class Race:
             self._leader = (size, self._half_octave(leader))
             return self._share(leader)
 
+        self._leader = (size, start)
         found = search_rate(Track(run_at, size), start, spend=spend, share=share, until=until)
         self._leader = (size, found)
         return found
@@ -267,6 +270,9 @@ class Race:
         leader_run = self._runs[lead]
         total = leader_run.steps / max(0.15, self._share(leader_run))
         left = self._allowed(lead, outlook, total) - self._purse.examples
+        if len(tried) == 1:
+            # Without one other size nothing is known of the critical batch.
+            left = max(left, trainings * _FIRST_LOOK_PAYS * total * lead[0])
         candidates = [
             size
             for size in self._sizes

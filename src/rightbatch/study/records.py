@@ -76,7 +76,7 @@ class RaceRecord:
         examples: Training examples processed in all.
         evaluation_examples: Examples evaluated (forward only) in all.
         seconds: Wall time.
-        stopped_by: What ended the race: `done`, `cost`, `time` or `interrupt`.
+        stopped_by: What ended the race: `done`, `time`, `interrupt` or `diverged`.
     """
 
     leader: int
