@@ -365,11 +365,17 @@ def test_ctrl_c_in_the_middle_of_an_update_leaves_what_is_known(share: float) ->
     assert limit < problem.counter.examples
 
 
-@pytest.mark.parametrize("limit", [0, 64, 200])
-def test_ctrl_c_before_the_first_comparison_leaves_no_answer(limit: int) -> None:
-    race = make_race(interrupted(PlantedProblem(), limit), TIME, first_lr=0.1)
+def test_ctrl_c_before_the_first_evaluation_leaves_no_answer() -> None:
+    race = make_race(interrupted(PlantedProblem(), 0), TIME, first_lr=0.1)
     race.run()
     assert not race.has_answer
+
+
+@pytest.mark.parametrize("limit", [64, 200])
+def test_ctrl_c_before_the_first_comparison_leaves_the_run_that_began(limit: int) -> None:
+    record = run(make_race(interrupted(PlantedProblem(), limit), TIME, first_lr=0.1))
+    assert record.stopped_by == "interrupt"
+    assert record.trials[record.leader].learning_rate == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("looks", range(1, 60, 3))

@@ -37,10 +37,12 @@ _LEAST_SHARE = 0.15
 CHOOSABLE_SHARE = 0.25
 """Runs that came this far may be chosen without having arrived, when the budget ends."""
 _MOST_RATIO = 2.5
-_ROBUST_RATIO = 1.15
+_NOT_YET = 0.99
+_ROBUST_RATIO = 1.2
 """Of two learning rates half an octave apart the higher saves at most 1.41 × the steps. Where it
 saves less than this it is close to the cliff, and on other seeds may be beyond it."""
 _ROBUST_SHARE = 0.35
+_FLAT_RATIO, _FLAT_SHARE = 1.1, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,10 @@ class Outlook:
     log_cost: Array
     log_steps: Array
 
+    def was_seen(self, size: int) -> bool:
+        """Whether a run at this size, other than the leader's, came far enough to compare."""
+        return any(seen.measured.global_batch == size for seen in self.seen)
+
     def expected(self, size: int) -> float:
         """Mean ln cost over the leader's."""
         return float(self.log_cost[:, self.sizes.index(size)].mean())
@@ -106,7 +112,7 @@ def own_share(curve: LossCurve, *, arrived: bool, target_loss: float | None) -> 
         return 1.0
     if target_loss is None or target_loss <= 0:
         return 0.0
-    return min(1.0, curve.share_of_way(math.log(target_loss)))
+    return min(_NOT_YET, curve.share_of_way(math.log(target_loss)))
 
 
 def look_at_sizes(
@@ -239,14 +245,35 @@ def choose_trial(outlook: Outlook, curves: Sequence[tuple[Cell, LossCurve]], lea
     chosen = leader
     if best is not None and outlook.expected(best.measured.global_batch) < 0.0:
         chosen = best.trial
-    cell, curve = curves[chosen]
-    for index, (other, other_curve) in enumerate(curves):
-        below = math.isclose(other.learning_rate * math.sqrt(2), cell.learning_rate, rel_tol=1e-6)
-        if other.global_batch == cell.global_batch and below and not _diverged(other_curve):
-            ratio = compare_steps(curve, other_curve)
-            if ratio.share >= _ROBUST_SHARE and ratio.log_ratio < math.log(_ROBUST_RATIO):
-                return index
-    return chosen
+    below = _neighbour(curves, chosen, -1)
+    if below is None or not _is_close(curves, chosen, below, _ROBUST_SHARE, _ROBUST_RATIO):
+        return chosen
+    above = _neighbour(curves, chosen, 1)
+    if above is not None and _is_close(curves, chosen, above, _FLAT_SHARE, _FLAT_RATIO):
+        # The one above does as well: this is the flat of the valley, not the edge of the cliff.
+        return chosen
+    return below
+
+
+def _neighbour(
+    curves: Sequence[tuple[Cell, LossCurve]], index: int, half_octaves: int
+) -> int | None:
+    """The run at the same batch some half octaves away, unless it diverged."""
+    cell = curves[index][0]
+    rate = cell.learning_rate * 2.0 ** (half_octaves / 2)
+    for i, (other, curve) in enumerate(curves):
+        same = other.global_batch == cell.global_batch
+        if same and math.isclose(other.learning_rate, rate, rel_tol=1e-6) and not _diverged(curve):
+            return i
+    return None
+
+
+def _is_close(
+    curves: Sequence[tuple[Cell, LossCurve]], index: int, other: int, share: float, ratio: float
+) -> bool:
+    """Whether another run was seen on this share of the way, and took at most this many steps."""
+    seen = compare_steps(curves[index][1], curves[other][1])
+    return seen.share >= share and seen.log_ratio < math.log(ratio)
 
 
 def near_best(outlook: Outlook, chosen: int, *, most_span: float = 8.0) -> tuple[int, int]:

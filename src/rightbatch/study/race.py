@@ -41,8 +41,11 @@ _WORTH_A_LOOK, _WORTH_CHANGING = 0.12, 0.02
 time; it must be cheaper by e^−0.02 after that, and to lead."""
 _FIRST_LOOK_PAYS = 2.0
 """The first look is at a size that takes at most this many times the leader's examples."""
+_WORTH_MUCH = 0.1
+"""What a size must save if the search there costs more than was allowed."""
 _MOST_LOOKS = 3
 _FARTHEST = 4
+_FARTHEST_BELOW = 16
 _LEFT_OVER = 1.5
 """A size is only looked at if this many of its trainings could be paid for."""
 
@@ -266,9 +269,8 @@ class Race:
     ) -> int | None:
         """The cheapest size that was not looked at and can be paid for, if it promises enough."""
         known = {lead[0], *(seen.measured.global_batch for seen in outlook.seen)}
-        tried = {size for (size, _), run in self._runs.items() if run.points}
-        leader_run = self._runs[lead]
-        total = leader_run.steps / max(0.15, self._share(leader_run))
+        tried = {size for (size, _), run in self._runs.items() if run.points and not run.dead}
+        total = self._total_steps(lead)
         left = self._allowed(lead, outlook, total) - self._purse.examples
         if len(tried) == 1:
             # Without one other size nothing is known of the critical batch.
@@ -304,6 +306,10 @@ class Race:
         place = (size, lead[1] + round(2 * octaves))
         steps = math.ceil(share * self._runs[lead].steps * outlook.step_ratio(size))
         run = self._run_at(*place)
+        while run.dead and lead[1] - place[1] < _FARTHEST_BELOW:
+            # The learning rate that was carried here before was too high: an octave less.
+            place = (size, place[1] - 2)
+            run = self._run_at(*place)
         self._say(
             f"race: batch {size}, learning rate {run.cell.learning_rate:.3g}, to step {steps}"
         )
@@ -322,13 +328,26 @@ class Race:
             places[size] = self._go_part_of_the_way(lead, outlook, size, share)
         outlook = self._outlook(lead)
         better = [
-            seen.measured.global_batch
-            for seen in outlook.seen
-            if outlook.expected(seen.measured.global_batch) < -_WORTH_CHANGING
+            size
+            for size in places
+            if outlook.was_seen(size)
+            and outlook.expected(size) < -self._worth_changing(lead, outlook, size)
         ]
         if not better:
             return lead, False
         return places[min(better, key=outlook.expected)], True
+
+    def _worth_changing(self, lead: tuple[int, int], outlook: Outlook, size: int) -> float:
+        """The gain in ln cost that a search for a learning rate at another size is worth."""
+        total = self._total_steps(lead)
+        left = self._allowed(lead, outlook, total) - self._purse.examples
+        needed = _LEFT_OVER * total * outlook.step_ratio(size) * size
+        return _WORTH_CHANGING if needed <= left else _WORTH_MUCH
+
+    def _total_steps(self, lead: tuple[int, int]) -> float:
+        """Steps of a run to the target, as far as it tells."""
+        run = self._runs[lead]
+        return run.steps / max(0.15, self._share(run))
 
     def _try_what_is_left(self, lead: tuple[int, int]) -> None:
         """Spends what is left of the allowed cost on other sizes, as long as one promises."""
