@@ -254,8 +254,8 @@ def _probe(
         global_batch=batch if thorough else min(BASELINE_BATCH, workload.num_examples),
         max_micro_batch=ceiling,
         seeds=3 if thorough else 1,
-        num_steps=100 if thorough else 48,
-        lr_min=1e-6 if thorough else 1e-5,
+        num_steps=240 if thorough else 48,
+        lr_min=1e-5,
         device=device,
         seed=seed,
     )

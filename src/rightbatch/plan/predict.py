@@ -18,9 +18,10 @@ _CRITICAL_SHARE = 0.3
 _NOISE_WEIGHT = 0.3
 """Weight of the noise probe against what is usual for the optimizer, in logs: measured on image
 and text workloads, B_simple early in training misses the critical batch by a factor of five."""
-_MINIMUM_SHARE = {"plain": 0.7, "averaging": 0.2}
+_MINIMUM_SHARE = {"plain": 0.8, "averaging": 0.35}
 """The learning rate to train with, as a share of the one where a ramp's loss is least. A ramp
-passes each learning rate in a step: an average of gradients follows it late."""
+passes each learning rate in a few steps: an average of gradients follows it late. Measured with 40
+steps per decade on image and text workloads: 0.5 to 1.3 and 0.27 to 0.45."""
 _EDGE_SHARE = {"plain": 1 / 2, "averaging": 1 / 8}
 """The same, as a share of where the ramp explodes. On a quadratic gradient descent diverges beyond
 2/λ and is quickest at 1/λ: a half."""
