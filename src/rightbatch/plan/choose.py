@@ -315,6 +315,8 @@ def _estimate(logs: Sequence[float] | np.ndarray, unit: float, n: int) -> Estima
     )
 
 
+_FEWEST_STEPS = 25
+"""Runs shorter than this are a matter of luck."""
 _ENDED_EARLY = {"time": "the time budget was used up", "interrupt": "interrupted"}
 
 
@@ -342,6 +344,11 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
         found.append(
             "The recipe's own run was stopped before it met the target, to save cost. That it will "
             "meet it is predicted, not seen."
+        )
+    if leader.state == "reached" and leader.steps < _FEWEST_STEPS:
+        found.append(
+            f"The target is met within {leader.steps} steps: too few to compare runs by, and much of "
+            "it is the luck of a seed. A harder target would tell more."
         )
     early = _ENDED_EARLY.get(race.stopped_by)
     if early is not None:

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from itertools import count
 
 from rightbatch.laws.critical_batch import infer_critical_batch
 from rightbatch.study.conclude import Outlook, choose_trial, look_at_sizes, own_share
@@ -265,20 +264,20 @@ class Race:
         )
 
     def _next_size(
-        self, lead: tuple[int, int], outlook: Outlook, *, trainings: float
+        self, lead: tuple[int, int], outlook: Outlook, looked: Set[int], *, trainings: float
     ) -> int | None:
         """The cheapest size that was not looked at and can be paid for, if it promises enough."""
         known = {lead[0], *(seen.measured.global_batch for seen in outlook.seen)}
-        tried = {size for (size, _), run in self._runs.items() if run.points and not run.dead}
         total = self._total_steps(lead)
         left = self._allowed(lead, outlook, total) - self._purse.examples
-        if len(tried) == 1:
+        first = len(known | looked) == 1
+        if first:
             # Without one other size nothing is known of the critical batch.
             left = max(left, trainings * _FIRST_LOOK_PAYS * total * lead[0])
         candidates = [
             size
             for size in self._sizes
-            if size not in known | tried
+            if size not in known | looked
             and lead[0] / _FARTHEST <= size <= lead[0] * _FARTHEST
             and trainings * total * outlook.step_ratio(size) * size <= left
         ]
@@ -286,7 +285,7 @@ class Race:
             return None
         size = min(candidates, key=outlook.expected)
         best = min(outlook.expected(known_size) for known_size in known)
-        worth = _WORTH_A_LOOK if len(tried) == 1 else -_WORTH_CHANGING
+        worth = _WORTH_A_LOOK if first else -_WORTH_CHANGING
         return size if outlook.expected(size) <= best + worth else None
 
     def _allowed(self, lead: tuple[int, int], outlook: Outlook, total: float) -> float:
@@ -321,7 +320,7 @@ class Race:
         places: dict[int, tuple[int, int]] = {}
         for _ in range(_MOST_LOOKS):
             outlook = self._outlook(lead)
-            size = self._next_size(lead, outlook, trainings=_LEFT_OVER)
+            size = self._next_size(lead, outlook, places.keys(), trainings=_LEFT_OVER)
             if size is None:
                 break
             share = _LATER_LOOK if self._runs[lead].finished else _FIRST_LOOK
@@ -351,12 +350,14 @@ class Race:
 
     def _try_what_is_left(self, lead: tuple[int, int]) -> None:
         """Spends what is left of the allowed cost on other sizes, as long as one promises."""
-        for _ in count():
+        looked: set[int] = set()
+        while True:
             outlook = self._outlook(lead)
             self._finish_the_best(lead, outlook)
-            size = self._next_size(lead, outlook, trainings=_LATER_LOOK)
+            size = self._next_size(lead, outlook, looked, trainings=_LATER_LOOK)
             if size is None:
                 return
+            looked.add(size)
             self._go_part_of_the_way(lead, outlook, size, _LATER_LOOK)
 
     def _finish_the_best(self, lead: tuple[int, int], outlook: Outlook) -> None:
