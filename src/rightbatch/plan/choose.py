@@ -347,7 +347,7 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
         )
     if leader.state == "reached" and leader.steps < _FEWEST_STEPS:
         found.append(
-            f"The target is met within {leader.steps} steps: too few to compare runs by, and much of "
+            f"The target is met within {leader.steps} steps: too few to compare runs by; much of "
             "it is the luck of a seed. A harder target would tell more."
         )
     early = _ENDED_EARLY.get(race.stopped_by)
