@@ -24,7 +24,7 @@ from .peers import ROWS, Choice, Situation
 from .running import Arrival, run_recipe
 from .truth import RESULTS, Truth, check_truth, load_truth, write_rows
 
-SCHEMA = "rightbatch.grid-scores/1"
+SCHEMA = "rightbatch.grid-scores/2"
 FIRST_FRESH_SEED = 100
 CUT = 8.0
 """A run on a fresh seed is given up at this many times what the grid's best takes."""
@@ -52,6 +52,7 @@ class Scores:
 
     Attributes:
         workload: Its name.
+        target: What counted as trained.
         fresh_seeds: On which everything was run.
         best_batch: The grid's best.
         best_rate: Its learning rate.
@@ -61,6 +62,7 @@ class Scores:
     """
 
     workload: str
+    target: str
     fresh_seeds: tuple[int, ...]
     best_batch: int
     best_rate: float
@@ -218,6 +220,7 @@ class _Judge:
         fresh = tuple(range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + num_fresh))
         same = before is not None and (
             before.fresh_seeds == fresh
+            and before.target == truth.target
             and before.best_batch == self._best.global_batch
             and before.best_rate == self._best.learning_rate
         )
@@ -236,6 +239,7 @@ class _Judge:
             )
         scores = Scores(
             workload=self._workload.name,
+            target=self._truth.target,
             fresh_seeds=fresh,
             best_batch=self._best.global_batch,
             best_rate=self._best.learning_rate,

@@ -157,6 +157,11 @@ def test_scores_are_run_on_fresh_seeds_and_kept(
     assert len(run(range(2)).scored) == 6
     assert len(run(range(1), again=True).scored) == 3
 
+    # What was run to another target is run again.
+    path = score.scores_path("quadratic")
+    path.write_text(path.read_text().replace(scores.target, "val_loss<=9"))
+    assert run(range(1)).target == scores.target
+
 
 def test_refuses_what_cannot_be_scored(results: Path) -> None:
     def run(rows: list[str]) -> None:
@@ -248,6 +253,7 @@ def make_scores() -> Scores:
     ]
     seconds = [(0.1, 0.1), (0.15, 0.15), (None, None), (None, 0.1)]
     return Scores(
+        target="val_loss<=1",
         workload="quadratic",
         fresh_seeds=(100, 101),
         best_batch=64,
