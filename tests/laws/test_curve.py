@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from rightbatch.laws.curve import LossCurve, compare_steps, make_loss_curve
+from rightbatch.laws.curve import (
+    LossCurve,
+    compare_steps,
+    log_of_loss,
+    loss_of_log,
+    make_loss_curve,
+)
 
 Array = NDArray[np.float64]
 
@@ -180,10 +186,26 @@ def test_with_a_run_that_never_had_a_loss_there_is_nothing_in_common() -> None:
 # ------------------------------------------------------------------------------------------- errors
 
 
-def test_none_infinity_and_losses_that_are_not_positive_are_no_numbers() -> None:
-    curve = make_loss_curve([1, 2, 3, 4, 5], [None, math.inf, math.nan, 0.0, -1.0])
+def test_none_infinity_and_nan_are_no_numbers() -> None:
+    curve = make_loss_curve([1, 2, 3], [None, math.inf, math.nan])
     assert (curve.ln_loss == math.inf).all()
     assert curve.steps_to(0.0) == math.inf
+
+
+@given(one=st.floats(-1e6, 1e6), other=st.floats(-1e6, 1e6))
+def test_lower_is_better_for_losses_of_0_and_below_too(one: float, other: float) -> None:
+    assert math.isfinite(log_of_loss(one))
+    assert loss_of_log(log_of_loss(one)) == pytest.approx(one, rel=1e-9, abs=1e-40)
+    if one < other:
+        assert log_of_loss(one) <= log_of_loss(other)
+
+
+def test_curves_of_negative_losses_are_compared_as_others_are() -> None:
+    steps = [1, 2, 4, 8]
+    fast = make_loss_curve(steps, [0.5, 0.0, -0.5, -0.75])
+    slow = make_loss_curve([2 * n for n in steps], [0.5, 0.0, -0.5, -0.75])
+    assert compare_steps(fast, slow).log_ratio == pytest.approx(math.log(2))
+    assert fast.log_loss_at(8) < fast.log_loss_at(4) < fast.log_loss_at(1)
 
 
 def test_a_curve_without_a_point_ends_at_0() -> None:

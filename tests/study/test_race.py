@@ -274,6 +274,43 @@ def test_a_target_on_a_metric_is_raced_for_without_knowing_how_far_it_is() -> No
     assert problem.regret(TIME, chosen.global_batch, chosen.learning_rate) <= 0.35
 
 
+@pytest.mark.parametrize("target", [0.0, -1.0, None])
+def test_losses_of_0_and_below_are_raced_like_others(target: float | None) -> None:
+    """The loss falls by 3 and goes on to fall where it crosses 0."""
+    problem = PlantedProblem(target=None)
+
+    class Lower:
+        def __init__(self, batch: int, rate: float, seed: int) -> None:
+            self.inner = problem(batch, rate, seed)
+
+        def advance(self, num_steps: int) -> None:
+            self.inner.advance(num_steps)
+
+        def look(self) -> Look:
+            loss = self.inner.look().loss - 1.5
+            return Look(loss, None if target is None else loss <= target)
+
+    race = make_race(
+        Lower,
+        TIME,
+        first_lr=0.1,
+        target_loss=target,
+        has_target=target is not None,
+        settings=RaceSettings(most_examples=50_000),
+    )
+    race.run()
+    record = race.record(1)
+    leader = record.trials[record.leader]
+    assert record.target_reached == (target is not None)
+    assert record.target_loss == pytest.approx(
+        leader.points[-1].loss if target is None else target, rel=0.05
+    )
+    chosen = choose(record, TIME)
+    assert chosen.state != "diverged"
+    best = problem.best_rate(chosen.global_batch)
+    assert chosen.learning_rate == pytest.approx(best, rel=0.6)
+
+
 def test_a_target_out_of_reach_is_said_and_the_reached_loss_raced_for() -> None:
     problem = make_quadratic(share=0.0, noise_variance=1.0)
     settings = RaceSettings(most_examples=32 * 150)
@@ -404,6 +441,28 @@ def test_ctrl_c_after_the_leader_diverged_never_recommends_a_run_that_did(looks:
         assert_sound(record)
         assert math.isfinite(record.target_loss)
         assert choose(record, TIME).state != "diverged"
+
+
+def test_where_the_leader_ends_without_the_target_one_that_met_it_is_taken() -> None:
+    """At the first rate a metric is met at step 8; lower ones have the lower loss and never do."""
+
+    class Scripted:
+        def __init__(self, batch: int, rate: float, seed: int) -> None:
+            self.high, self.steps = rate > 0.09, 0
+
+        def advance(self, num_steps: int) -> None:
+            self.steps += num_steps
+
+        def look(self) -> Look:
+            loss = (3.0 if self.high else 1.0) / self.steps**0.2
+            return Look(loss, self.high and self.steps >= 8)
+
+    settings = RaceSettings(most_examples=20_000)
+    race = make_race(Scripted, TIME, first_lr=0.1, settings=settings)
+    race.run()
+    record = race.record(1)
+    assert record.target_reached
+    assert record.trials[record.leader].state == "reached"
 
 
 # ------------------------------------------------------------------------------- repeatability

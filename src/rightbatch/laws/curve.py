@@ -3,7 +3,8 @@
 Runs that share initial weights and data order are compared in two ways. At the same step and
 batch: who has the lower loss. At the same loss: how many steps each took to it, which carries
 over to other batches. A validation loss is noisy and not monotone; its logarithm is smoothed over
-neighbouring evaluations, and for steps to a loss the running minimum is taken.
+neighbouring evaluations, and for steps to a loss the running minimum is taken. A loss that is 0 or
+negative has no logarithm; there a straight line carries it on, so that lower stays better.
 """
 
 from __future__ import annotations
@@ -17,12 +18,36 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_LEAST_LOSS = 1e-30
+"""Where the logarithm of a loss is carried on as a straight line."""
 _FLATTEST = 0.05
 """Slopes below this are taken as this: a flat curve says nothing of how far there is to go."""
 _RECENT = 0.8
 """A loss at a step is the mean of the evaluations since this share of the steps."""
 _COMPARED = 0.6
 """Runs are compared at the losses that one had in this last part of its way."""
+
+
+def log_of_loss(loss: float | None) -> float:
+    """The logarithm of a loss, carried on as a straight line below 1e−30.
+
+    Args:
+        loss: The loss; None, infinity and NaN are no numbers.
+
+    Returns:
+        ln loss, or inf where it was not a number.
+    """
+    if loss is None or not math.isfinite(loss):
+        return math.inf
+    if loss >= _LEAST_LOSS:
+        return float(np.log(loss))
+    return math.log(_LEAST_LOSS) + (loss / _LEAST_LOSS - 1.0)
+
+
+def loss_of_log(ln_loss: float) -> float:
+    """The loss that `log_of_loss` gives this for."""
+    least = math.log(_LEAST_LOSS)
+    return math.exp(ln_loss) if ln_loss >= least else _LEAST_LOSS * (1.0 + ln_loss - least)
 
 
 @dataclass(frozen=True)
@@ -98,7 +123,7 @@ def make_loss_curve(steps: Sequence[float], losses: Sequence[float | None]) -> L
 
     Args:
         steps: Steps at each evaluation, ascending and positive.
-        losses: The loss there, positive; None or inf where it was not a number.
+        losses: The loss there; None or inf where it was not a number.
 
     Returns:
         The curve.
@@ -117,8 +142,7 @@ def make_loss_curve(steps: Sequence[float], losses: Sequence[float | None]) -> L
             f"A loss curve needs ascending positive steps and as many losses; got {list(steps)} "
             f"and {len(losses)} losses."
         )
-    finite = [x if x is not None and 0 < x < math.inf else math.inf for x in losses]
-    raw: Array = np.log(np.array(finite, dtype=np.float64))
+    raw: Array = np.array([log_of_loss(x) for x in losses], dtype=np.float64)
     padded = np.pad(raw, 1, mode="edge") if len(raw) else raw
     smooth: Array = (
         np.array([padded[i : i + 3].mean() for i in range(len(raw))]) if len(raw) else raw

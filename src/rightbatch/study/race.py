@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 from rightbatch.laws.critical_batch import infer_critical_batch
+from rightbatch.laws.curve import loss_of_log
 from rightbatch.study.conclude import Outlook, choose_trial, look_at_sizes, own_share
 from rightbatch.study.rate_search import Track, search_rate
 from rightbatch.study.records import Cell, RaceRecord
@@ -130,14 +131,17 @@ class Race:
         return self._best_so_far() is not None
 
     def _best_so_far(self) -> tuple[int, int] | None:
-        """The leader, or where it has just diverged the run with the lowest loss."""
+        """The leader, or what stands in for one that diverged or ended without the target."""
         if self._leader is None:
             return None
+        arrived = [place for place, run in self._runs.items() if run.state == "reached"]
+        leader = self._runs.get(self._leader)
+        if arrived and leader is not None and leader.finished and leader.state != "reached":
+            return min(arrived, key=lambda place: self._runs[place].steps * self._price(place[0]))
         alive = [place for place, run in self._runs.items() if run.points and not run.dead]
         if self._leader in alive:
             return self._leader
-        losses = {place: self._runs[place].points[-1].loss or math.inf for place in alive}
-        return min(alive, key=losses.__getitem__, default=None)
+        return min(alive, key=lambda place: self._runs[place].curve.ln_loss[-1], default=None)
 
     def record(self, evaluation_size: int) -> RaceRecord:
         """The race so far.
@@ -174,7 +178,7 @@ class Race:
         """The loss that runs are compared to the end at."""
         if self._asked_loss is not None and leader.state == "reached":
             return self._asked_loss
-        return math.exp(leader.curve.log_loss_at(leader.steps))
+        return loss_of_log(leader.curve.log_loss_at(leader.steps))
 
     # ---- running -------------------------------------------------------------------------------
 
