@@ -14,6 +14,7 @@ from tests.plan.conftest import Made
 from tests.plan.planted import plant, plant_race, plant_trial
 
 from rightbatch import Recipe
+from rightbatch.cli.render_plan import plan_text
 from rightbatch.plan import Evidence, Plan, choose, replay_plan
 from rightbatch.plan.predict import carry_rate, expected_critical_batch, predict_rate
 from rightbatch.plan.price import make_price, open_sizes, step_seconds
@@ -95,6 +96,20 @@ def test_a_split_that_cannot_be_exact_says_so(evidence: Evidence) -> None:
     assert plan.recipe.global_batch % 3 == 0
     reasons = " ".join(r.because for r in plan.reasons)
     assert "asked for" in reasons
+
+
+@pytest.mark.parametrize("replicas", [3, 33])
+def test_the_batch_is_near_the_best_where_the_replicas_do_not_divide_it(
+    evidence: Evidence, replicas: int
+) -> None:
+    given = plant(evidence, alpha=1e-3, beta=1e-3, noise=100.0, replicas=replicas)
+    sizes = (64, 16_384)
+    plan = decide(plant_race(given, [plant_trial(64, 0.1, 30.0)], sizes=sizes))
+    assert plan.recipe.global_batch == {3: 63, 33: 66}[replicas]
+    for near in (plan.near_best, decide(given).near_best):
+        assert near.low <= near.high
+    assert plan.near_best.low <= plan.recipe.global_batch <= plan.near_best.high
+    assert "the recipe: met the target" in plan_text(plan)
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -195,6 +210,15 @@ def test_without_a_target_the_plan_says_which_loss_it_is_for(evidence: Evidence)
     assert evidence.race is not None
     (said,) = [w for w in warnings if "No target was given" in w]
     assert f"{evidence.race.target_loss:.4g}" in said
+    assert "'train_loss<=…' without validation data" in said
+
+
+@pytest.mark.parametrize(("scale", "words"), [(1 / 9, "1 step:"), (2 / 9, "2 steps:")])
+def test_a_target_that_is_met_at_once_is_said_to_be_too_easy(
+    evidence: Evidence, scale: float, words: str
+) -> None:
+    race = plant_race(flat_price(evidence, target="val_loss<=0.3"), [plant_trial(64, 0.1, scale)])
+    assert any(f"The target is met within {words}" in w for w in decide(race).warnings)
 
 
 def test_a_target_that_was_not_reached_is_said(evidence: Evidence) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rightbatch.cli.table import make_table, make_wrapped_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.plan.choose import BASELINE_BATCH
+from rightbatch.plan.choose import BASELINE_BATCH, split_for
 from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import Plan
 from rightbatch.study.records import RaceRecord, TrialRecord
@@ -208,8 +208,8 @@ def _runs(plan: Plan, race: RaceRecord) -> str:
 
     def is_recipe(trial: TrialRecord) -> bool:
         recipe = plan.recipe
-        cell = (trial.global_batch, trial.learning_rate)
-        return cell == (recipe.global_batch, recipe.learning_rate)
+        batch = split_for(plan.evidence, trial.global_batch).global_batch
+        return (batch, trial.learning_rate) == (recipe.global_batch, recipe.learning_rate)
 
     def is_short(trial: TrialRecord) -> bool:
         return trial.steps < _LEAST_SHOWN * leader.steps and not is_recipe(trial)

@@ -68,11 +68,7 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
     choice = _choose_by_race(evidence, race) if race else _choose_by_probes(evidence)
     effort: UsedEffort = "race" if race else "probe"
     setting = evidence.setting
-    split = split_batch(
-        choice.cell.global_batch,
-        min(max_micro_batch(evidence), choice.cell.global_batch),
-        setting.replicas,
-    )
+    split = split_for(evidence, choice.cell.global_batch)
     recipe = Recipe(
         global_batch=split.global_batch,
         micro_batch=split.micro_batch,
@@ -86,7 +82,11 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         goal=setting.goal,
         effort=effort,
         recipe=recipe,
-        near_best=choice.near_best,
+        near_best=NearBest(
+            # Replicas that do not divide the size move the batch; it is as good still.
+            low=min(choice.near_best.low, split.global_batch),
+            high=max(choice.near_best.high, split.global_batch),
+        ),
         prediction=choice.prediction,
         reasons=(choice.batch_reason, choice.lr_reason, *_other_reasons(evidence, recipe, split)),
         evidence=evidence,
@@ -97,6 +97,11 @@ def choose(workload: str, evidence: Evidence, *, seconds: float) -> Plan:
         ),
         warnings=(*choice.warnings, *_general_warnings(evidence)),
     )
+
+
+def split_for(evidence: Evidence, size: int) -> Split:
+    """How a size that was found is trained with the memory and the replicas there are."""
+    return split_batch(size, min(max_micro_batch(evidence), size), evidence.setting.replicas)
 
 
 def count_examples(evidence: Evidence) -> int:
@@ -333,7 +338,8 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
     elif setting.target is None:
         found.append(
             f"No target was given. The loss counts as trained at {race.target_loss:.4g}, which "
-            f"{came} reached. Pass target='val_loss<=…' to plan for the loss that you want."
+            f"{came} reached. Pass target='val_loss<=…', or 'train_loss<=…' without validation "
+            "data, to plan for the loss that you want."
         )
     elif not race.target_reached:
         found.append(
@@ -347,8 +353,9 @@ def _race_warnings(evidence: Evidence, race: RaceRecord, trial: TrialRecord) -> 
         )
     if leader.state == "reached" and leader.steps < _FEWEST_STEPS:
         found.append(
-            f"The target is met within {leader.steps} steps: too few to compare runs by; much of "
-            "it is the luck of a seed. A harder target would tell more."
+            f"The target is met within {leader.steps} step{'s' if leader.steps > 1 else ''}: too "
+            "few to compare runs by; much of it is the luck of a seed. A harder target would tell "
+            "more."
         )
     early = _ENDED_EARLY.get(race.stopped_by)
     if early is not None:
