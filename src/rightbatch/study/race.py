@@ -183,7 +183,7 @@ class Race:
     # ---- running -------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Runs the race to its end, or until its cost, its time or the user ends it.
+        """Runs the race to its end, or until its time or the user ends it.
 
         Ctrl-C ends it at once and is not passed on: what is known so far is worth having.
         """

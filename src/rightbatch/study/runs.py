@@ -40,7 +40,7 @@ class Contestant(Protocol):
 
 
 class OutOfBudgetError(Exception):
-    """The race has to end now; carries why: `cost` or `time`."""
+    """The race has to end now; carries why, which so far is always `time`."""
 
 
 class Purse:
@@ -130,12 +130,9 @@ class Run:
 
     def price_to(self, step: int) -> int:
         """Examples that going on to `step` would take."""
-        ends = self.dead or self.finished
-        return (
-            0
-            if ends
-            else max(0, min(step, self.most_steps) - self.steps) * (self.cell.global_batch)
-        )
+        if self.dead or self.finished:
+            return 0
+        return max(0, min(step, self.most_steps) - self.steps) * self.cell.global_batch
 
     def advance_to(self, step: int) -> None:
         """Goes on to a step, with evaluations on the way; stops where it arrives or diverges.
@@ -144,7 +141,7 @@ class Run:
             step: Where to.
 
         Raises:
-            OutOfBudgetError: If the purse is empty before.
+            OutOfBudgetError: If time is up before.
         """
         goal = min(step, self.most_steps)
         for at in _steps_of_looks(self.steps, goal):
