@@ -131,6 +131,7 @@ def plant_race(
     """
     race = RaceRecord(
         leader=leader,
+        leader_share=1.0,
         target_loss=TARGET,
         target_reached=trials[leader].state == "reached",
         normalised=evidence.setting.normalised,

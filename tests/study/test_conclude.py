@@ -63,6 +63,7 @@ def record(*trials: TrialRecord, problem: PlantedProblem = PROBLEM) -> RaceRecor
     assert problem.target is not None
     return RaceRecord(
         leader=0,
+        leader_share=1.0,
         target_loss=problem.target,
         target_reached=trials[0].state == "reached",
         normalised=False,
@@ -192,8 +193,18 @@ def test_a_cheaper_size_is_chosen_only_when_it_came_far_enough(share: float) -> 
 def test_the_share_of_a_size_counts_the_leaders_own_way() -> None:
     """A leader half way was itself compared with only half of what there is to come."""
     half = record(trial(32, share=0.5), trial(128, share=0.5))
-    outlook = conclude(replace(half, target_reached=True), TIME)
+    outlook = conclude(replace(half, leader_share=0.5), TIME)
     assert outlook.seen[0].share == pytest.approx(0.5, abs=0.08)
+
+
+def test_a_run_of_a_few_steps_is_not_chosen_over_one_that_arrived() -> None:
+    """However good its first steps look, unless the leader itself took no more."""
+    race = record(trial(32), trial(128, share=0.5))
+    short = replace(race.trials[1], points=race.trials[1].points[:8])
+    curves = trial_curves(replace(race, trials=(race.trials[0], short)))
+    outlook = conclude(race, TIME)
+    assert choose_trial(outlook, trial_curves(race), 0) == 1
+    assert choose_trial(outlook, curves, 0) == 0
 
 
 @pytest.mark.parametrize(("extra", "index"), [(1.0, 1), (1.1, 1), (1.25, 0), (1.41, 0)])

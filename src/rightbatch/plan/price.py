@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from rightbatch.laws.efficiency import Price
+from rightbatch.laws.split import split_batch
 from rightbatch.plan.records import Evidence, Goal
 from rightbatch.probes.throughput import ThroughputRecord
 
@@ -47,9 +47,8 @@ def step_seconds(
     throughput: ThroughputRecord, global_batch: int, max_micro_batch: int, replicas: int = 1
 ) -> float:
     """Modelled seconds of one update, its micro-batches run one after the other."""
-    share = math.ceil(global_batch / replicas)
-    accumulation = math.ceil(share / max_micro_batch)
-    return throughput.step_time.seconds(math.ceil(share / accumulation), accumulation=accumulation)
+    split = split_batch(global_batch, min(max_micro_batch, global_batch), replicas)
+    return throughput.step_time.seconds(split.micro_batch, accumulation=split.accumulation)
 
 
 def max_micro_batch(evidence: Evidence) -> int:

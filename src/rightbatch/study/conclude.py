@@ -36,6 +36,8 @@ _LEAST_SHARE = 0.15
 """Runs that ended before this share of the way are not compared."""
 CHOOSABLE_SHARE = 0.25
 """Runs that came this far may be chosen without having arrived, when the budget ends."""
+_CHOOSABLE_STEPS = 10
+"""And did this many steps, or as many as the leader."""
 _MOST_RATIO = 2.5
 _NOT_YET = 0.99
 _ROBUST_RATIO = 1.2
@@ -212,16 +214,10 @@ def conclude(record: RaceRecord, price: Callable[[int], float], *, seed: int = 0
         The outlook.
     """
     curves = trial_curves(record)
-    leader = record.trials[record.leader]
-    share = own_share(
-        curves[record.leader][1],
-        arrived=leader.state == "reached" or not record.target_reached,
-        target_loss=record.target_loss,
-    )
     return look_at_sizes(
         curves,
         record.leader,
-        leader_share=share,
+        leader_share=record.leader_share,
         sizes=record.sizes,
         price=price,
         usual=record.usual_batch,
@@ -240,7 +236,12 @@ def choose_trial(outlook: Outlook, curves: Sequence[tuple[Cell, LossCurve]], lea
     Returns:
         Index of the run: the leader, one at another size, or the one half an octave below it.
     """
-    others = [s for s in outlook.seen if s.share >= CHOOSABLE_SHARE]
+    least_steps = min(_CHOOSABLE_STEPS, curves[leader][1].last_step)
+    others = [
+        s
+        for s in outlook.seen
+        if s.share >= CHOOSABLE_SHARE and curves[s.trial][1].last_step >= least_steps
+    ]
     best = min(others, key=lambda s: outlook.expected(s.measured.global_batch), default=None)
     chosen = leader
     if best is not None and outlook.expected(best.measured.global_batch) < 0.0:

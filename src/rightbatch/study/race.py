@@ -162,6 +162,7 @@ class Race:
         leader = self._runs[best]
         return RaceRecord(
             leader=list(begun).index(best),
+            leader_share=max(self._share(leader), 0.01),
             target_loss=self._target_loss(leader),
             target_reached=leader.state == "reached",
             normalised=self._normalised,

@@ -67,6 +67,7 @@ class RaceRecord:
     Attributes:
         leader: Index of the run that all others are compared with: the best learning rate that
             was found at one size.
+        leader_share: How far the leader came, as a share of its way to the target.
         target_loss: The loss that counted as trained in the race's comparison.
         target_reached: Whether the leader met the target that was asked for.
         normalised: Whether the optimizer divides by the gradient's size.
@@ -80,6 +81,7 @@ class RaceRecord:
     """
 
     leader: int
+    leader_share: float
     target_loss: float
     target_reached: bool
     normalised: bool
