@@ -90,14 +90,14 @@ def test_each_run_arrives_at_its_own_time_whoever_is_retired_before(rates: list[
 
 def test_a_group_answers_as_each_run_alone() -> None:
     workload = catalog.get("quadratic")
-    rates, seeds = [0.25, 1e-4, 0.125, 50.0], [0, 0, 1, 0]  # retired at different times
-    together = run_cells(workload, 64, rates, seeds, lambda _: 150)
+    rates, seeds = [0.2, 1e-4, 0.125, 50.0], [0, 0, 1, 0]  # retired at different times
+    together = run_cells(workload, 128, rates, seeds, lambda _: 300)
     alone = [
-        run_cells(workload, 64, [rate], [seed], lambda _: 150)[0]
+        run_cells(workload, 128, [rate], [seed], lambda _: 300)[0]
         for rate, seed in zip(rates, seeds, strict=True)
     ]
     assert [arrival.state for arrival in together] == ["reached", "censored", "reached", "diverged"]
-    assert together[1].steps_run == 150
+    assert together[1].steps_run == 300
     assert [arrival.state for arrival in alone] == [arrival.state for arrival in together]
     assert [a.steps_to_target or 0 for a in together] == pytest.approx(
         [a.steps_to_target or 0 for a in alone], rel=1e-3

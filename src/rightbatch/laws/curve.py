@@ -175,9 +175,10 @@ def compare_steps(reference: LossCurve, other: LossCurve) -> StepRatio:
         ln(steps of `other` / steps of `reference`).
 
     Example:
-        >>> fast = make_loss_curve([1, 2, 4, 8], [8.0, 4.0, 2.0, 1.0])
-        >>> slow = make_loss_curve([2, 4, 8], [8.0, 4.0, 2.0])
-        >>> round(math.exp(compare_steps(fast, slow).log_ratio), 1)
+        >>> steps = range(1, 65)
+        >>> fast = make_loss_curve(steps, [1 / s for s in steps])
+        >>> slow = make_loss_curve([2 * s for s in steps], [1 / s for s in steps])
+        >>> round(math.exp(compare_steps(fast, slow).log_ratio), 2)
         2.0
     """
     ratios: list[float] = []
