@@ -22,12 +22,12 @@ from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.units import show_interval, show_number
 from rightbatch.laws.estimate import Estimate
 from rightbatch.plan import Plan, make_plan
-from rightbatch.plan.choose import BASELINE_BATCH
 from rightbatch.plan.make import run_race
 from rightbatch.plan.predict import starting_rate
 from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.recipe import Recipe
 from rightbatch.store import make_run_directory, write_record
+from rightbatch.study.race import UNIT_BATCH
 from rightbatch.training import Training
 from rightbatch.training.loop import point_value
 from rightbatch.workload import Workload
@@ -84,7 +84,7 @@ def main() -> int:
     folder = make_run_directory("runs", f"demo-{WORKLOAD}")
     write_record(folder / "plan.json", plan, schema="rightbatch.plan/1")
     with output.progress("Training to the target") as report:
-        report(f"The best learning rate of batch {BASELINE_BATCH}, to compare with")
+        report(f"The best learning rate of batch {UNIT_BATCH}, to compare with")
         default_rate = find_default_rate(workload, plan)
         sides = []
         for title, recipe in contestants(plan, default_rate).items():
@@ -105,7 +105,7 @@ def find_default_rate(workload: Workload, plan: Plan) -> float:
     Returns:
         The learning rate.
     """
-    race = run_race(workload, plan.evidence, [BASELINE_BATCH], epochs=MOST_EPOCHS)
+    race = run_race(workload, plan.evidence, [UNIT_BATCH], epochs=MOST_EPOCHS)
     if race is None:
         return starting_rate(plan.evidence)
     return race.trials[race.leader].learning_rate
@@ -125,7 +125,7 @@ def contestants(plan: Plan, default_rate: float) -> dict[str, Recipe]:
     sides = {"the recipe": recipe}
     same = recipe.learning_rate
     for title, rate in (("default, best rate", default_rate), ("default, same rate", same)):
-        default = Recipe(global_batch=BASELINE_BATCH, learning_rate=rate)
+        default = Recipe(global_batch=UNIT_BATCH, learning_rate=rate)
         if default not in sides.values():
             sides[title] = default
     return sides

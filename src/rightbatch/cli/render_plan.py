@@ -5,9 +5,10 @@ from __future__ import annotations
 from rightbatch.cli.table import make_table, make_wrapped_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.plan.choose import BASELINE_BATCH, split_for
+from rightbatch.plan.choose import split_for
 from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import Plan
+from rightbatch.study.race import UNIT_BATCH
 from rightbatch.study.records import RaceRecord, TrialRecord
 
 _LABELS = {
@@ -61,7 +62,7 @@ def _gain(plan: Plan) -> str:
     race = plan.evidence.race
     if race is None:
         return ", as far as probes tell"
-    batch = BASELINE_BATCH
+    batch = UNIT_BATCH
     advantage = advantage_of(plan)
     if advantage is None or advantage.value is None:
         return ", the usual default batch" if plan.recipe.global_batch == batch else ""
@@ -91,12 +92,12 @@ def advantage_of(plan: Plan) -> Estimate | None:
     race, prediction = plan.evidence.race, plan.prediction
     if race is None or prediction is None or prediction.speedup is None:
         return None
-    factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, BASELINE_BATCH)
+    factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, UNIT_BATCH)
     # The speed-up is one of steps times this ratio of seconds; take it out, put the goal's in.
     if plan.goal == "steps":
         return _times(prediction.speedup, factor)
     if plan.goal == "examples":
-        share = BASELINE_BATCH / plan.recipe.global_batch
+        share = UNIT_BATCH / plan.recipe.global_batch
         return _times(prediction.speedup, factor * share)
     return prediction.speedup
 
@@ -264,7 +265,7 @@ def _cost(plan: Plan) -> str:
         if cost.full_trainings is None or race is None
         else (
             f", as many examples as {_about(cost.full_trainings)} full trainings with "
-            f"batch {BASELINE_BATCH} are predicted to take"
+            f"batch {UNIT_BATCH} are predicted to take"
         )
     )
     threads = "1 thread" if environment.num_threads == 1 else f"{environment.num_threads} threads"

@@ -37,9 +37,8 @@ from rightbatch.study.conclude import (
     trial_curve,
     trial_curves,
 )
+from rightbatch.study.race import UNIT_BATCH
 from rightbatch.study.records import Cell, RaceRecord, TrialRecord
-
-BASELINE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def _choose_by_race(evidence: Evidence, race: RaceRecord) -> _Choice:
             field="learning_rate", because=_rate_reason(evidence, race, trial), source="race"
         ),
         warnings=tuple(_race_warnings(evidence, race, trial)),
-        one_training=None if default is None else default * BASELINE_BATCH,
+        one_training=None if default is None else default * UNIT_BATCH,
     )
 
 
@@ -154,9 +153,9 @@ def _leader_steps(race: RaceRecord) -> float:
 
 def _default_steps(race: RaceRecord, outlook: Outlook) -> float | None:
     """Predicted steps of the usual default, batch 32 at its best learning rate."""
-    if BASELINE_BATCH not in outlook.sizes:
+    if UNIT_BATCH not in outlook.sizes:
         return None
-    return _leader_steps(race) * outlook.step_ratio(BASELINE_BATCH)
+    return _leader_steps(race) * outlook.step_ratio(UNIT_BATCH)
 
 
 _COST_OF = {"time": "time", "quality": "time", "examples": "examples", "steps": "steps"}
@@ -278,7 +277,7 @@ def _predict(
     if trial.steps_to_target is not None:
         log_steps = np.full(len(ratio), math.log(trial.steps_to_target))
     n = len(race.trials)
-    default = BASELINE_BATCH if BASELINE_BATCH in outlook.sizes and size != BASELINE_BATCH else None
+    default = UNIT_BATCH if UNIT_BATCH in outlook.sizes and size != UNIT_BATCH else None
     speedup = None
     if default is not None:
         against = outlook.log_steps[:, outlook.sizes.index(default)] - ratio

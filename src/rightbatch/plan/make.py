@@ -20,7 +20,7 @@ from rightbatch.device.memory import parse_bytes
 from rightbatch.errors import UsageError
 from rightbatch.isolate import preserved_state
 from rightbatch.laws.split import split_batch
-from rightbatch.plan.choose import BASELINE_BATCH, choose, count_examples
+from rightbatch.plan.choose import choose, count_examples
 from rightbatch.plan.predict import expected_critical_batch, predict_batch, starting_rate
 from rightbatch.plan.price import make_price, max_micro_batch, open_sizes, step_seconds
 from rightbatch.plan.records import Effort, Environment, Evidence, Goal, Plan, Setting
@@ -236,7 +236,7 @@ def _probe(
         seed=seed,
         max_examples=2048 if thorough else 256,
         trajectory_steps=(0, 4, 16, 64) if thorough else (0, 16),
-        micro_batch=min(ceiling, BASELINE_BATCH),
+        micro_batch=min(ceiling, UNIT_BATCH),
     )
     say("learning rate: range test")
     plain = isinstance(optimizer, torch.optim.SGD)
@@ -251,7 +251,7 @@ def _probe(
     )
     learning_rate = find_learning_rate(
         workload,
-        global_batch=batch if thorough else min(BASELINE_BATCH, workload.num_examples),
+        global_batch=batch if thorough else min(UNIT_BATCH, workload.num_examples),
         max_micro_batch=ceiling,
         seeds=3 if thorough else 1,
         num_steps=240 if thorough else 48,
