@@ -224,6 +224,16 @@ def test_two_sizes_are_a_line_through_both() -> None:
     assert value(fit.law.beta_seconds) == pytest.approx(0.01)
 
 
+def test_intervals_exist_where_three_sizes_misfit_the_law() -> None:
+    """One degree of freedom for the scatter: some redraws are beyond what numbers can hold."""
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        sizes = [1, 8, 32] * 6
+        seconds = [1e-5 * (4.0 if B == 8 else 1.0) * math.exp(rng.normal(0, 0.4)) for B in sizes]
+        law = fit_step_time(sizes, seconds, [i // 3 for i in range(18)], num_draws=4000).law
+        assert law.alpha_seconds.low is not None and math.isfinite(law.alpha_seconds.low)
+
+
 def test_the_same_seed_gives_the_same_record_and_it_survives_json() -> None:
     first, second = plant(np.random.default_rng(8)), plant(np.random.default_rng(8))
     assert first == second

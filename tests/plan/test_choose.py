@@ -119,7 +119,7 @@ def test_the_rate_goes_with_the_batch_by_the_saturating_law(
     """ε ∝ 1/(1 + B_c/B) for SGD; its root for optimizers that normalise."""
     numbers: dict[str, Any] = {"alpha": 4e-3, "beta": 1e-5, "noise": 1000.0}
     given = plant(evidence, **numbers, normalised=normalised, averaging=normalised)
-    at_ramp = predict_rate(given.learning_rate, averaging=normalised)
+    at_ramp = predict_rate(given.learning_rate, averaging=normalised, normalised=normalised)
     assert at_ramp < 0.4, "the ramp exploded there"
     critical = critical_batch(given)
     for batch in (1, 32, 500, 10_000):

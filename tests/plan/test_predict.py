@@ -56,9 +56,11 @@ def test_the_rate_is_a_share_of_where_the_ramp_is_lowest_and_stays_below_its_edg
     ramp = replace(
         evidence.learning_rate, minimum_div_10=known(0.02), edge=unresolved(3), steepest=known(0.01)
     )
-    assert predict_rate(ramp, averaging=False) == pytest.approx(0.2 * 0.8)
-    assert predict_rate(ramp, averaging=True) == pytest.approx(0.2 * 0.35)
-    assert predict_rate(replace(ramp, edge=known(0.1)), averaging=False) == pytest.approx(0.05)
+    assert predict_rate(ramp, averaging=False, normalised=False) == pytest.approx(0.2 * 0.8)
+    assert predict_rate(ramp, averaging=True, normalised=True) == pytest.approx(0.2 * 0.35)
+    assert predict_rate(
+        replace(ramp, edge=known(0.1)), averaging=False, normalised=False
+    ) == pytest.approx(0.05)
 
 
 def test_a_ramp_without_a_minimum_falls_back_on_edge_then_steepest_then_the_usual(
@@ -67,13 +69,15 @@ def test_a_ramp_without_a_minimum_falls_back_on_edge_then_steepest_then_the_usua
     ramp = replace(
         evidence.learning_rate, minimum_div_10=unresolved(3), edge=known(0.4), steepest=known(0.01)
     )
-    assert predict_rate(ramp, averaging=False) == pytest.approx(0.2)
-    assert predict_rate(ramp, averaging=True) == pytest.approx(0.05)
+    assert predict_rate(ramp, averaging=False, normalised=False) == pytest.approx(0.2)
+    assert predict_rate(ramp, averaging=True, normalised=True) == pytest.approx(0.05)
     ramp = replace(ramp, edge=unresolved(3))
-    assert predict_rate(ramp, averaging=True) == 0.01
+    assert predict_rate(ramp, averaging=True, normalised=True) == 0.01
     ramp = replace(ramp, steepest=unresolved(3))
-    assert predict_rate(ramp, averaging=False) == 0.1
-    assert predict_rate(ramp, averaging=True) == 1e-3
+    assert predict_rate(ramp, averaging=False, normalised=False) == 0.1
+    assert predict_rate(ramp, averaging=True, normalised=False) == 0.01, "momentum 0.9 adds up ten"
+    assert predict_rate(ramp, averaging=True, normalised=True) == 0.001
+    assert predict_rate(ramp, averaging=True, normalised=True) == 1e-3
 
 
 def test_a_rate_is_carried_by_the_saturating_law_or_its_root() -> None:

@@ -243,6 +243,29 @@ def test_the_safe_side_is_of_the_chosen_size_and_not_of_the_leaders() -> None:
     assert chosen(race, conclude(race, TIME)) == 3
 
 
+@pytest.mark.parametrize(
+    ("octaves", "normalised", "index"),
+    [(2.0, False, 1), (2.5, False, 0), (1.0, True, 1), (1.5, True, 0)],
+)
+def test_a_learning_rate_beyond_what_the_leaders_would_be_there_is_not_chosen(
+    octaves: float, normalised: bool, index: int
+) -> None:
+    """In proportion to the batch at most, or to its root; however far ahead the run is."""
+    other = replace(trial(128), learning_rate=trial(32).learning_rate * 2**octaves)
+    race = replace(record(trial(32), other), normalised=normalised)
+    outlook = conclude(race, TIME)
+    assert outlook.was_seen(128), "what it says of the critical batch still counts"
+    assert outlook.expected(128) < -0.2
+    assert chosen(race, outlook) == index
+
+
+def test_a_run_within_reach_speaks_for_its_size_before_a_faster_one_beyond() -> None:
+    beyond = replace(trial(128, slower=0.8), learning_rate=trial(32).learning_rate * 8)
+    race = record(trial(32), beyond, trial(128))
+    (seen,) = conclude(race, TIME).seen
+    assert seen.trial == 2 and seen.within_reach
+
+
 def fallen(run: TrialRecord) -> TrialRecord:
     """The same run, diverged at its next step."""
     end = TrialPoint(steps=run.steps + 1, loss=None)

@@ -131,6 +131,23 @@ def test_on_exact_expected_sgd_the_choice_costs_little_more_than_the_best(
     assert max(regrets) <= worst, np.round(regrets, 3)
 
 
+def test_what_is_chosen_was_compared_with_the_rate_below_it() -> None:
+    """At another size too, where runs begin with one learning rate that was carried there."""
+    settings = RaceSettings(most_examples=2_000_000, max_share=8.0, least_share=8.0)
+    for critical in (40.0, 300.0, 1000.0):
+        problem = PlantedProblem(critical=critical, target=0.3)
+        rate = problem.best_rate(64)
+        record = run(make_race(problem, TIME, first_lr=rate, target_loss=0.3, settings=settings))
+        chosen = choose(record, TIME)
+        below = chosen.learning_rate / math.sqrt(2)
+        (other,) = [
+            t
+            for t in record.trials
+            if t.global_batch == chosen.global_batch and math.isclose(t.learning_rate, below)
+        ]
+        assert other.points[-1].steps >= 0.5 * chosen.points[-1].steps
+
+
 def test_where_single_digit_batches_are_best_the_choice_is_far_from_them() -> None:
     """A known weakness: the search begins at 32, and one look at 16 at half the rate misleads."""
     results = [quadratic_race(name, factor, 2e-5) for name in PROBLEMS for factor in FACTORS]

@@ -1,4 +1,4 @@
-"""Fixed splits and standardising, so that a catalog workload is the same on every machine."""
+"""Fixed splits and scaling, so that a catalog workload is the same on every machine."""
 
 from __future__ import annotations
 
@@ -43,3 +43,17 @@ def standardise(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, scale = train.mean(dim=0), train.std(dim=0, correction=0)
     return (train - mean) / scale, (val - mean) / scale
+
+
+def scale_to_unit(train: Tensor, val: Tensor) -> tuple[Tensor, Tensor]:
+    """Shifts and scales columns to the range 0 to 1 *of the training set*.
+
+    Args:
+        train: Shape (examples, …).
+        val: Shape (examples, …), transformed with the training set's numbers.
+
+    Returns:
+        Both, transformed.
+    """
+    low, high = train.amin(dim=0), train.amax(dim=0)
+    return (train - low) / (high - low), (val - low) / (high - low)

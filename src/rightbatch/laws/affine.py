@@ -13,6 +13,8 @@ from rightbatch.laws.rounds import SizeLevels
 Array = NDArray[np.float64]
 
 _HUBER = 1.345
+_FARTHEST = 20.0
+"""A redrawn time is at most a factor e^20 away."""
 _ITERATIONS = 40
 
 
@@ -184,7 +186,9 @@ def redraw_levels(
     shape = (num_draws, len(levels.sizes))
     # One factor per draw, not one per size: the scatter's scale is misjudged in common.
     scale = np.sqrt(float(np.median(dof)) / rng.chisquare(float(np.median(dof)), (num_draws, 1)))
-    logs = levels.logs + rng.standard_normal(shape) * np.sqrt(total) * scale
+    scatter = rng.standard_normal(shape) * np.sqrt(total) * scale
+    # With little to judge the scale by, a few draws are beyond what numbers can hold.
+    logs = levels.logs + np.clip(scatter, -_FARTHEST, _FARTHEST)
     common = rng.standard_normal(num_draws) * math.sqrt(levels.common_variance)
     return logs, common
 

@@ -114,7 +114,7 @@ def split_for(evidence: Evidence, size: int) -> Split:
 def count_examples(evidence: Evidence) -> int:
     """Training examples that the probes and the race processed."""
     memory = evidence.memory
-    in_memory = sum(t.micro_batch * t.num_steps for t in memory.trials) if memory else 0
+    in_memory = sum(t.num_examples for t in memory.trials) if memory else 0
     return (
         in_memory
         + evidence.throughput.cost_examples
@@ -240,7 +240,7 @@ def _choose_by_probes(evidence: Evidence) -> _Choice:
     low = min(sizes, key=lambda size: abs(math.log(size / (batch / 2.8))))
     high = min(sizes, key=lambda size: abs(math.log(size / min(2.8 * batch, low * 8))))
     ramp = evidence.learning_rate
-    rate = predict_rate(ramp, averaging=setting.averaging)
+    rate = predict_rate(ramp, averaging=setting.averaging, normalised=setting.normalised)
     carried = ""
     if ramp.global_batch != batch:
         rate = carry_rate(

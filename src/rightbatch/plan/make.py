@@ -41,7 +41,7 @@ _WANTED_MICRO_BATCH = {"cpu": 512, "gpu": 4096}
 """Micro-batches beyond this are not tried: throughput has stopped growing, and larger global
 batches accumulate. `measure_memory` finds the true ceiling."""
 _TIMED_SIZES = (1, 8, 32, 128)
-_MOST_TIMED = {True: 5000, False: 1500}
+_MOST_TIMED = {True: 5000, False: 3000}
 """Timed examples cost as much as trained ones: about this many have to do for the law, where the
 probes are all there is and where a race follows."""
 MOST_EPOCHS = 100
@@ -234,7 +234,7 @@ def _probe(
         workload,
         device=device,
         seed=seed,
-        max_examples=2048 if thorough else 256,
+        max_examples=2048 if thorough else 128,
         trajectory_steps=(0, 4, 16, 64) if thorough else (0, 16),
         micro_batch=min(ceiling, UNIT_BATCH),
     )

@@ -25,7 +25,8 @@ steps per decade on image and text workloads: 0.5 to 1.3 and 0.27 to 0.45."""
 _EDGE_SHARE = {"plain": 1 / 2, "averaging": 1 / 8}
 """The same, as a share of where the ramp explodes. On a quadratic gradient descent diverges beyond
 2/λ and is quickest at 1/λ: a half."""
-_USUAL_RATE = {"plain": 0.1, "averaging": 1e-3}
+_USUAL_RATE = {"plain": 0.1, "averaging": 1e-2}
+_USUAL_NORMALISED_RATE = 1e-3
 
 
 def kind_of(*, averaging: bool) -> str:
@@ -87,7 +88,7 @@ def predict_batch(
     return min(sizes, key=lambda size: abs(math.log(size / best)))
 
 
-def predict_rate(ramp: LearningRateRecord, *, averaging: bool) -> float:
+def predict_rate(ramp: LearningRateRecord, *, averaging: bool, normalised: bool) -> float:
     """The learning rate to train with at the ramp's batch, or to begin a search at.
 
     The usual suggestions (steepest, valley, a tenth of the minimum) are reported, but are several
@@ -97,9 +98,10 @@ def predict_rate(ramp: LearningRateRecord, *, averaging: bool) -> float:
     Args:
         ramp: The learning-rate probe.
         averaging: Whether the optimizer averages gradients over steps.
+        normalised: Whether it divides by the gradient's size.
 
     Returns:
-        The learning rate.
+        The learning rate; the optimizer's usual one where the ramp does not tell.
     """
     kind = kind_of(averaging=averaging)
     if ramp.minimum_div_10.value is not None:
@@ -110,7 +112,7 @@ def predict_rate(ramp: LearningRateRecord, *, averaging: bool) -> float:
         return ramp.edge.value * _EDGE_SHARE[kind]
     if ramp.steepest.value is not None:
         return ramp.steepest.value
-    return _USUAL_RATE[kind]
+    return _USUAL_NORMALISED_RATE if normalised else _USUAL_RATE[kind]
 
 
 def carry_rate(rate: float, *, at: int, to: int, critical_batch: float, normalised: bool) -> float:
@@ -135,4 +137,7 @@ def carry_rate(rate: float, *, at: int, to: int, critical_batch: float, normalis
 
 def starting_rate(evidence: Evidence) -> float:
     """Where a race begins to look for the learning rate."""
-    return predict_rate(evidence.learning_rate, averaging=evidence.setting.averaging)
+    setting = evidence.setting
+    return predict_rate(
+        evidence.learning_rate, averaging=setting.averaging, normalised=setting.normalised
+    )

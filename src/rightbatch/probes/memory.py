@@ -38,6 +38,8 @@ _PATIENCE_SECONDS = 3.0
 _SOAK_SECONDS = 20.0
 _STALL_SECONDS = 6.0
 _CLOSE = 0.05
+_AMPLE = 0.5
+"""A peak below this share of the limit need not be known closely."""
 
 
 def measure_memory(
@@ -232,6 +234,8 @@ class _MemoryProbe:
             verdict=result.verdict,
             peak_bytes=None if usage is None else usage.peak_bytes,
             num_steps=0 if usage is None else usage.num_steps,
+            num_examples=(0 if usage is None else usage.num_examples)
+            + sum(t.num_examples for t in shorter),
             seconds=result.seconds + sum(t.seconds for t in shorter),
         )
         self.trials = [*(t for t in self.trials if t.micro_batch != size), trial]
@@ -246,6 +250,7 @@ class _MemoryProbe:
             self.child.device,
             self.precision,
             patience_seconds,
+            _AMPLE * (limit_bytes or self.limit_bytes),
             limit_bytes=limit_bytes,
         )
 

@@ -56,6 +56,7 @@ class MemoryTrial:
         verdict: `fits`, `oom`, `timeout` or `killed`.
         peak_bytes: Its peak, libraries and data included; None unless it fitted.
         num_steps: Updates done; 0 unless it fitted.
+        num_examples: Examples trained on; some steps accumulate two micro-batches.
         seconds: How long it took.
     """
 
@@ -63,6 +64,7 @@ class MemoryTrial:
     verdict: Verdict
     peak_bytes: int | None
     num_steps: int
+    num_examples: int
     seconds: float
 
 

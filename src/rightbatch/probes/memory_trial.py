@@ -59,7 +59,8 @@ class Usage:
         optimizer_bytes: Tensors in the optimizer's state.
         saved_bytes: Kept by the forward pass for the backward pass, or None.
         num_steps: Updates done.
-        settled: Whether the peak had stopped growing.
+        num_examples: Examples trained on.
+        settled: Whether the peak had stopped growing, or is far from the limit.
     """
 
     peak_bytes: int
@@ -68,6 +69,7 @@ class Usage:
     optimizer_bytes: int
     saved_bytes: int | None
     num_steps: int
+    num_examples: int
     settled: bool
 
 
@@ -156,6 +158,7 @@ def train_at(
     device: str,
     precision: Precision,
     patience_seconds: float,
+    ample_bytes: float,
 ) -> Usage:
     """Trains at one size until the peak stops growing.
 
@@ -171,6 +174,7 @@ def train_at(
         device: Where.
         precision: Arithmetic of the forward pass.
         patience_seconds: After this long, three steps are enough.
+        ample_bytes: Below this peak two steps are: no heap fragments by that much.
 
     Returns:
         What it took.
@@ -181,13 +185,14 @@ def train_at(
     indices = _first(found.heaviest, micro_batch)
     widths = (1, 2) if 2 * micro_batch <= found.num_examples else (1, 1)
     end = time.monotonic() + patience_seconds
-    peak, unchanged, num_steps = 0, 0, 0
+    peak, unchanged, num_steps, num_examples = 0, 0, 0, 0
     while num_steps < MAX_STEPS and unchanged < SETTLED_AFTER:
         window = [
             to_device(workload.train_examples.batch(indices), device)
             for _ in range(widths[num_steps % 2])
         ]
         optimizer_step(workload, model, optimizer, window, autocast=autocast)
+        num_examples += micro_batch * len(window)
         del window  # as in the training loop, the next batch is fetched without the last one
         num_steps += 1
         if num_steps == 2:
@@ -195,6 +200,8 @@ def train_at(
         grown = memory.peak_bytes(device)
         unchanged = 0 if grown > peak * (1 + _GROWTH) else unchanged + 1
         peak = max(peak, grown)
+        if num_steps >= 2 and peak < ample_bytes:
+            break
         if num_steps >= 3 and time.monotonic() > end:
             break
     return Usage(
@@ -204,7 +211,8 @@ def train_at(
         optimizer_bytes=_weigh(list(optimizer.state.values())),
         saved_bytes=_saved_bytes(workload, model, indices, device, autocast),
         num_steps=num_steps,
-        settled=unchanged >= SETTLED_AFTER or num_steps == MAX_STEPS,
+        num_examples=num_examples,
+        settled=unchanged >= SETTLED_AFTER or num_steps == MAX_STEPS or peak < ample_bytes,
     )
 
 

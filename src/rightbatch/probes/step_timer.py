@@ -118,7 +118,6 @@ class StepTimer:
         part = _FirstExamples(source, min(num_examples, source.num_examples))
         start = self.clock.now()
         evaluate(self._workload, self._model, part, device=self._device)
-        self.examples += part.num_examples
         return (self.clock.now() - start) / part.num_examples
 
     def _next_batch(self, micro_batch: int) -> list[Any]:

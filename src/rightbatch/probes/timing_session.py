@@ -231,6 +231,8 @@ def plan_rounds(
 ) -> dict[int, SizePlan]:
     """Shares a budget out: every size at least 3 times, and as equal in cost as possible.
 
+    Where even 3 blocks of a size cost more than its share, the blocks become shorter.
+
     Args:
         seconds_per_step: Of each size.
         budget_seconds: For all rounds together.
@@ -244,21 +246,23 @@ def plan_rounds(
         >>> plan[1].repeats, plan[64].repeats
         (9, 4)
     """
-    steps = {size: steps_per_block(seconds) for size, seconds in seconds_per_step.items()}
-    # What one block costs, as a share of whichever budget it strains more.
+    # What one step costs, as a share of whichever budget it strains more.
     cost = {
-        size: (steps[size] + 1)
-        * max(seconds / max(budget_seconds, 1e-9), size / max(budget_examples, 1e-9))
+        size: max(seconds / max(budget_seconds, 1e-9), size / max(budget_examples, 1e-9))
         for size, seconds in seconds_per_step.items()
     }
+    wanted = {size: steps_per_block(seconds) for size, seconds in seconds_per_step.items()}
     plan: dict[int, SizePlan] = {}
     left = 1.0
     # Cheapest first: what they do not use of their share goes to the dearer ones.
-    for num_done, size in enumerate(sorted(cost, key=cost.__getitem__)):
+    for num_done, size in enumerate(sorted(cost, key=lambda each: (wanted[each] + 1) * cost[each])):
         share = max(left, 0.0) / (len(cost) - num_done)
-        repeats = min(max(int(share / cost[size]), MIN_ROUNDS), MAX_ROUNDS)
-        left -= repeats * cost[size]
-        plan[size] = SizePlan(repeats=repeats, num_steps=steps[size])
+        affordable = int(share / (MIN_ROUNDS * cost[size])) - 1  # one step warms up
+        num_steps = min(wanted[size], max(affordable, 1))
+        block = (num_steps + 1) * cost[size]
+        repeats = min(max(int(share / block), MIN_ROUNDS), MAX_ROUNDS)
+        left -= repeats * block
+        plan[size] = SizePlan(repeats=repeats, num_steps=num_steps)
     return plan
 
 

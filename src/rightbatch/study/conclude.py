@@ -21,7 +21,7 @@ from rightbatch.laws.critical_batch import (
     draw_log_steps,
     infer_critical_batch,
 )
-from rightbatch.laws.curve import LossCurve, compare_steps, make_loss_curve
+from rightbatch.laws.curve import LossCurve, StepRatio, compare_steps, make_loss_curve
 from rightbatch.study.records import Cell, RaceRecord, TrialRecord
 
 Array = NDArray[np.float64]
@@ -36,15 +36,19 @@ _LEAST_SHARE = 0.15
 """Runs that ended before this share of the way are not compared."""
 CHOOSABLE_SHARE = 0.25
 """Runs that came this far may be chosen without having arrived, when the budget ends."""
-_CHOOSABLE_STEPS = 10
+LEAST_STEPS = 10
 """And did this many steps, or as many as the leader."""
 _MOST_RATIO = 2.5
+_ROUNDING = 1.001
 _NOT_YET = 0.99
-_ROBUST_RATIO = 1.2
-"""Of two learning rates half an octave apart the higher saves at most 1.41 × the steps. Where it
-saves less than this it is close to the cliff, and on other seeds may be beyond it."""
-_ROBUST_SHARE = 0.35
-_FLAT_RATIO, _FLAT_SHARE = 1.1, 0.3
+_SAFE_SHARE = 0.35
+"""The rate below must have been seen on this share of the way to be called safe."""
+_SEEN_SHARE = 0.4
+"""And the one above on this, to say whether a cliff is near."""
+_CLIFF, _BESIDE_A_CLIFF = 2.0, 1.35
+"""Where the one above takes 2 × the steps, 1.35 × is worth being farther away."""
+_SLOPE, _BESIDE_A_SLOPE = 1.15, 1.1
+_NOT_SEEN = 1.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,13 @@ class SizeSeen:
         trial: Index of the run.
         measured: Its steps against the leader's.
         share: How far it came, as a share of the way to the target.
+        within_reach: Whether its learning rate is no higher than the leader's would be there.
     """
 
     trial: int
     measured: MeasuredSize
     share: float
+    within_reach: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def look_at_sizes(
     sizes: Sequence[int],
     price: Callable[[int], float],
     usual: float,
+    normalised: bool,
     seed: int = 0,
 ) -> Outlook:
     """What the runs so far say of every size.
@@ -136,22 +143,23 @@ def look_at_sizes(
         sizes: Sizes open to choice, the leader's among them.
         price: Cost of one step at a batch: modelled seconds, examples, or 1.
         usual: The critical batch expected before anything is measured.
+        normalised: Whether the optimizer divides by the gradient's size.
         seed: Of the draws.
 
     Returns:
         The outlook.
     """
-    reference, ruler = curves[leader][0].global_batch, curves[leader][1]
+    reference = curves[leader][0].global_batch
     best: dict[int, SizeSeen] = {}
     for index, (cell, curve) in enumerate(curves):
         batch = cell.global_batch
         if batch == reference or len(curve.steps) < 3 or _diverged(curve):
             continue
-        seen = _see(index, batch, reference, curve, ruler, leader_share)
+        seen = _see(index, cell, curve, curves[leader], leader_share, normalised=normalised)
         if seen is None:
             continue
         before = best.get(batch)
-        if before is None or _optimism(seen) < _optimism(before):
+        if before is None or _rank(seen) < _rank(before):
             best[batch] = seen
     seen_sizes = tuple(best[batch] for batch in sorted(best))
     measured = [s.measured for s in seen_sizes]
@@ -169,27 +177,41 @@ def look_at_sizes(
 
 def _see(
     index: int,
-    batch: int,
-    reference: int,
+    cell: Cell,
     curve: LossCurve,
-    ruler: LossCurve,
+    leader: tuple[Cell, LossCurve],
     leader_share: float,
+    *,
+    normalised: bool,
 ) -> SizeSeen | None:
+    lead, ruler = leader
     ratio = compare_steps(ruler, curve)
     share = ratio.share * leader_share
     if not math.isfinite(ratio.log_ratio) or share < _LEAST_SHARE:
         return None
     rest = 1.0 - share
-    log_ratio = ratio.log_ratio - _EARLY_BIAS * math.log2(batch / reference) * rest
+    octaves = math.log2(cell.global_batch / lead.global_batch)
+    log_ratio = ratio.log_ratio - _EARLY_BIAS * octaves * rest
     return SizeSeen(
         trial=index,
         measured=MeasuredSize(
-            global_batch=batch,
+            global_batch=cell.global_batch,
             log_ratio=float(np.clip(log_ratio, -_MOST_RATIO, _MOST_RATIO)),
             deviation=_DEVIATION + _EARLY_DEVIATION * rest,
         ),
         share=share,
+        within_reach=_within_reach(cell, lead, normalised=normalised),
     )
+
+
+def _within_reach(cell: Cell, leader: Cell, *, normalised: bool) -> bool:
+    """Whether a learning rate is what the leader's would be at that batch, at the most."""
+    # The largest that is stable grows no faster than the batch, with optimizers that divide by the
+    # gradient's size than its root. The leader's was lowered until its neighbours lost; a run at
+    # another size may have begun before that, and be ahead because this seed stands it.
+    ratio = cell.global_batch / leader.global_batch
+    most = math.sqrt(ratio) if normalised else ratio
+    return cell.learning_rate <= leader.learning_rate * most * _ROUNDING
 
 
 def _diverged(curve: LossCurve) -> bool:
@@ -197,9 +219,9 @@ def _diverged(curve: LossCurve) -> bool:
     return len(curve.steps) > 0 and not math.isfinite(curve.ln_loss[-1])
 
 
-def _optimism(seen: SizeSeen) -> float:
-    """The run of a size that tells most of it: fast, and sure of it."""
-    return seen.measured.log_ratio + seen.measured.deviation
+def _rank(seen: SizeSeen) -> tuple[bool, float]:
+    """The run of a size that tells most of it: comparable, fast, and sure of it."""
+    return not seen.within_reach, seen.measured.log_ratio + seen.measured.deviation
 
 
 def conclude(record: RaceRecord, price: Callable[[int], float], *, seed: int = 0) -> Outlook:
@@ -221,6 +243,7 @@ def conclude(record: RaceRecord, price: Callable[[int], float], *, seed: int = 0
         sizes=record.sizes,
         price=price,
         usual=record.usual_batch,
+        normalised=record.normalised,
         seed=seed,
     )
 
@@ -236,45 +259,61 @@ def choose_trial(outlook: Outlook, curves: Sequence[tuple[Cell, LossCurve]], lea
     Returns:
         Index of the run: the leader, one at another size, or the one half an octave below it.
     """
-    least_steps = min(_CHOOSABLE_STEPS, curves[leader][1].last_step)
+    least_steps = min(LEAST_STEPS, curves[leader][1].last_step)
     others = [
         s
         for s in outlook.seen
-        if s.share >= CHOOSABLE_SHARE and curves[s.trial][1].last_step >= least_steps
+        if s.within_reach
+        and s.share >= CHOOSABLE_SHARE
+        and curves[s.trial][1].last_step >= least_steps
     ]
     best = min(others, key=lambda s: outlook.expected(s.measured.global_batch), default=None)
     chosen = leader
     if best is not None and outlook.expected(best.measured.global_batch) < 0.0:
         chosen = best.trial
-    below = _neighbour(curves, chosen, -1)
-    if below is None or not _is_close(curves, chosen, below, _ROBUST_SHARE, _ROBUST_RATIO):
-        return chosen
-    above = _neighbour(curves, chosen, 1)
-    if above is not None and _is_close(curves, chosen, above, _FLAT_SHARE, _FLAT_RATIO):
-        # The one above does as well: this is the flat of the valley, not the edge of the cliff.
-        return chosen
-    return below
+    return _safe_side(curves, chosen)
+
+
+def _safe_side(curves: Sequence[tuple[Cell, LossCurve]], index: int) -> int:
+    """The run itself, or the one half an octave below it where a cliff may be near."""
+    # Of two learning rates half an octave apart the higher saves at most 1.41 × the steps. Where it
+    # saves little, or the one above does badly, it is close to the cliff, and on other seeds may be
+    # beyond it.
+    below = _neighbour(curves, index, -1)
+    if below is None:
+        return index
+    saves = _compare(curves, index, below)
+    if saves.share < _SAFE_SHARE:
+        return index
+    above = _neighbour(curves, index, 1)
+    costs = StepRatio(0.0, 0.0) if above is None else _compare(curves, index, above)
+    if costs.share >= _SEEN_SHARE and costs.log_ratio > math.log(_CLIFF):
+        bearable = _BESIDE_A_CLIFF
+    elif costs.share < _SEEN_SHARE:
+        bearable = _NOT_SEEN
+    else:
+        bearable = _BESIDE_A_SLOPE if costs.log_ratio > math.log(_SLOPE) else 0.0
+    return below if math.exp(saves.log_ratio) < bearable else index
 
 
 def _neighbour(
     curves: Sequence[tuple[Cell, LossCurve]], index: int, half_octaves: int
 ) -> int | None:
-    """The run at the same batch some half octaves away, unless it diverged."""
+    """The run at the same batch some half octaves away."""
     cell = curves[index][0]
     rate = cell.learning_rate * 2.0 ** (half_octaves / 2)
-    for i, (other, curve) in enumerate(curves):
+    for i, (other, _) in enumerate(curves):
         same = other.global_batch == cell.global_batch
-        if same and math.isclose(other.learning_rate, rate, rel_tol=1e-6) and not _diverged(curve):
+        if same and math.isclose(other.learning_rate, rate, rel_tol=1e-6):
             return i
     return None
 
 
-def _is_close(
-    curves: Sequence[tuple[Cell, LossCurve]], index: int, other: int, share: float, ratio: float
-) -> bool:
-    """Whether another run was seen on this share of the way, and took at most this many steps."""
-    seen = compare_steps(curves[index][1], curves[other][1])
-    return seen.share >= share and seen.log_ratio < math.log(ratio)
+def _compare(curves: Sequence[tuple[Cell, LossCurve]], index: int, other: int) -> StepRatio:
+    """The steps of a neighbour over a run's; without end, and known, if it diverged."""
+    if _diverged(curves[other][1]):
+        return StepRatio(math.inf, 1.0)
+    return compare_steps(curves[index][1], curves[other][1])
 
 
 def near_best(outlook: Outlook, chosen: int, *, most_span: float = 8.0) -> tuple[int, int]:

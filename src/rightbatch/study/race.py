@@ -22,7 +22,13 @@ from dataclasses import dataclass
 
 from rightbatch.laws.critical_batch import infer_critical_batch
 from rightbatch.laws.curve import loss_of_log
-from rightbatch.study.conclude import Outlook, choose_trial, look_at_sizes, own_share
+from rightbatch.study.conclude import (
+    LEAST_STEPS,
+    Outlook,
+    choose_trial,
+    look_at_sizes,
+    own_share,
+)
 from rightbatch.study.rate_search import Track, search_rate
 from rightbatch.study.records import Cell, RaceRecord
 from rightbatch.study.runs import Contestant, OutOfBudgetError, Purse, Run
@@ -31,7 +37,7 @@ UNIT_BATCH = 32
 """Costs are told in trainings at this batch: the usual default."""
 _FIRST_SIZES = {"plain": (32, 64), "averaging": (64, 128)}
 """The search begins between these: smaller batches waste steps, larger ones examples."""
-_SPEND, _SPEND_AGAIN = 2.2, 1.8
+_SPEND, _SPEND_AGAIN = 2.2, 1.3
 """Examples of a search for a learning rate, in units of its leader's; less at a second size."""
 _HALF_WAY = 0.5
 _FIRST_LOOK, _LATER_LOOK = 0.6, 0.5
@@ -43,6 +49,8 @@ _FIRST_LOOK_PAYS = 2.0
 """The first look is at a size that takes at most this many times the leader's examples."""
 _WORTH_MUCH = 0.1
 """What a size must save if the search there costs more than was allowed."""
+_BELOW = 0.7
+"""How far the learning rate below the choice goes, as a share of the choice's steps."""
 _MOST_LOOKS = 3
 _FARTHEST = 4
 _FARTHEST_BELOW = 16
@@ -265,6 +273,7 @@ class Race:
             sizes=self._sizes,
             price=self._price,
             usual=self._usual,
+            normalised=self._normalised,
             seed=self._seed,
         )
 
@@ -317,7 +326,7 @@ class Race:
         self._say(
             f"race: batch {size}, learning rate {run.cell.learning_rate:.3g}, to step {steps}"
         )
-        run.advance_to(max(8, steps))
+        run.advance_to(max(LEAST_STEPS, steps))
         return place
 
     def _try_sizes(self, lead: tuple[int, int]) -> tuple[tuple[int, int], bool]:
@@ -357,28 +366,46 @@ class Race:
         """Spends what is left of the allowed cost on other sizes, as long as one promises."""
         looked: set[int] = set()
         while True:
+            self._finish_the_best(lead)
             outlook = self._outlook(lead)
-            self._finish_the_best(lead, outlook)
             size = self._next_size(lead, outlook, looked, trainings=_LATER_LOOK)
             if size is None:
-                return
+                break
             looked.add(size)
             self._go_part_of_the_way(lead, outlook, size, _LATER_LOOK)
+        self._look_below(lead)
+        self._finish_the_best(lead)
 
-    def _finish_the_best(self, lead: tuple[int, int], outlook: Outlook) -> None:
+    def _choice(self, lead: tuple[int, int], outlook: Outlook) -> tuple[int, int]:
+        """Where the run is that would be chosen now."""
+        places = list(self._runs)
+        curves = [(run.cell, run.curve) for run in self._runs.values()]
+        return places[choose_trial(outlook, curves, places.index(lead))]
+
+    def _left_over(self, lead: tuple[int, int], outlook: Outlook) -> float:
+        """Examples that the race may still spend, with the leader at the target."""
+        return self._allowed(lead, outlook, self._runs[lead].steps) - self._purse.examples
+
+    def _finish_the_best(self, lead: tuple[int, int]) -> None:
         """Takes a run that promises to be better to the target, if that can be paid for."""
-        runs = list(self._runs.values())
-        curves = [(run.cell, run.curve) for run in runs]
-        chosen = runs[choose_trial(outlook, curves, list(self._runs).index(lead))]
+        outlook = self._outlook(lead)
+        chosen = self._runs[self._choice(lead, outlook)]
         if chosen.finished or chosen.dead:
             return
-        total = self._runs[lead].steps
-        steps = total * outlook.step_ratio(chosen.cell.global_batch)
-        left = self._allowed(lead, outlook, total) - self._purse.examples
-        if (steps - chosen.steps) * chosen.cell.global_batch <= left:
-            cell = chosen.cell
+        cell = chosen.cell
+        steps = self._runs[lead].steps * outlook.step_ratio(cell.global_batch)
+        if (steps - chosen.steps) * cell.global_batch <= self._left_over(lead, outlook):
             self._say(
                 f"race: batch {cell.global_batch}, learning rate {cell.learning_rate:.3g}, "
                 "promises more: on to the target"
             )
             chosen.advance_to(math.ceil(1.3 * steps))
+
+    def _look_below(self, lead: tuple[int, int]) -> None:
+        """Runs half an octave below the choice far enough to tell whether a cliff is near."""
+        outlook = self._outlook(lead)
+        size, half_octave = self._choice(lead, outlook)
+        below = self._run_at(size, half_octave - 1)
+        steps = math.ceil(_BELOW * self._runs[size, half_octave].steps)
+        if below.price_to(steps) <= self._left_over(lead, outlook):
+            below.advance_to(steps)

@@ -1,11 +1,12 @@
 """The best learning rate at one batch, found by runs that are compared at equal steps.
 
 One run leads. Its neighbours are tried at a share of the leader's steps, on the same weights and
-data; whichever is ahead at equal steps leads on. Learning rates an octave away are tried early,
-where it shows soon that they are hopeless, half an octave away late. A larger learning rate shows
-its noise late, so the lower neighbour is tried the longest; as long as it falls behind as much as
-its smaller steps say, it is not. By the time the leader arrives, its neighbours have been seen on
-most of the way that decides, for less than two runs more.
+data; whichever is ahead at equal steps leads on, from where it is, as long as it stays ahead.
+Learning rates an octave away are tried early, where it shows soon that they are hopeless, half an
+octave away late. A larger learning rate shows its noise late, so the lower neighbour is tried the
+longest; as long as it falls behind as much as its smaller steps say, it is not. By the time the
+leader arrives, its neighbours have been seen on most of the way that decides, for less than two
+runs more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PACE = 1.15
 """The leader goes on by this factor between two comparisons."""
 _OCTAVE_SHARE, _OCTAVE_SHARE_EARLY = 0.1, 0.2
 _LOWER_SHARE, _LOWER_FIRST_SHARE = 0.5, 0.2
-_UPPER_SHARE, _UPPER_SHARE_EARLY = 0.25, 0.5
+_UPPER_SHARE, _UPPER_SHARE_EARLY = 0.35, 0.5
 _EARLY = 0.25
 """Before this share of the leader's way, steps are cheap and a change is better made at once."""
 _PLATEAU = 0.05
@@ -100,6 +101,7 @@ class _Search:
         self._horizon = max(_FIRST_STEPS, track.run_at(start).steps)
         self._spent_before = track.run_at(start).purse.examples
         self._led: set[tuple[int, int]] = set()
+        self._farthest = self._horizon
 
     @property
     def _leader(self) -> Run:
@@ -108,12 +110,15 @@ class _Search:
     def search(self) -> int:
         while True:
             self._leader.advance_to(self._horizon)
+            self._farthest = max(self._farthest, self._horizon)
             if self._leader.dead:
                 if self._first - self._lead > 2 * _MOST_OCTAVES:
                     return self._lead
                 self._lead -= 2
                 continue
             if self._let_others_try():
+                # The new leader goes on from where it is, and has to stay ahead of the old one.
+                self._horizon = max(_FIRST_STEPS, self._leader.steps)
                 continue
             if self._leader.finished or self._share(self._leader) >= self._until:
                 return self._lead
@@ -162,7 +167,7 @@ class _Search:
     def _affordable(self, other: int, steps: int) -> bool:
         """Whether the others together stay within what the leader's own steps allow."""
         run = self._track.run_at(other)
-        allowed = self._spend * (self._horizon + 12 * _FIRST_STEPS) * self._track.global_batch
+        allowed = self._spend * (self._farthest + 12 * _FIRST_STEPS) * self._track.global_batch
         price = run.price_to(steps)
         return price == 0 or run.purse.examples - self._spent_before + price <= allowed
 
