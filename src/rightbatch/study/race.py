@@ -10,7 +10,8 @@ harder half, so it comes first, at a size that the step time and the usual criti
    that is expected to be cheapest (`study.conclude`). Where that is another size, it leads on.
 3. **To the target.** The leader and its neighbours go on until it arrives.
 4. **What is left** of the cost that was allowed tries another size half way, and on to the target
-   if it promises to be better. Only what was run can be chosen.
+   if it promises to be better; then the learning rate below the choice, to see whether a cliff is
+   near. Only what was run can be chosen.
 """
 
 from __future__ import annotations
