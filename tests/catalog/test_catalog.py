@@ -21,7 +21,7 @@ GOOD_RATES = {
     "digits": 0.8,
     "digits-cnn": 0.01,
     "breast-cancer": 0.2,
-    "diabetes": 0.04,
+    "diabetes": 0.15,
     "quadratic": 0.13,
 }
 """Learning rates found by trying a few at batch 32."""
