@@ -44,12 +44,19 @@ class Searched:
         return self.runs[half_octave]
 
     def search(
-        self, target: float | None, start: int = 0, *, until: float = 1.0, spend: float = SPEND
+        self,
+        target: float | None,
+        start: int = 0,
+        *,
+        until: float = 1.0,
+        spend: float = SPEND,
+        carried: bool = False,
     ) -> int:
         def share(run: Run) -> float:
             return own_share(run.curve, arrived=run.finished, target_loss=target)
 
-        return search_rate(Track(self.run_at, BATCH), start, spend=spend, share=share, until=until)
+        track = Track(self.run_at, BATCH)
+        return search_rate(track, start, spend=spend, share=share, until=until, carried=carried)
 
 
 def planted(problem: PlantedProblem, octaves: float = 0.0) -> Searched:
@@ -217,3 +224,49 @@ def test_the_same_search_twice_does_the_same() -> None:
     assert {k: run.points for k, run in one.runs.items()} == {
         k: run.points for k, run in again.runs.items()
     }
+
+
+class Curve:
+    """A contestant whose loss is a given function of its steps."""
+
+    def __init__(self, loss: Callable[[int], float]) -> None:
+        self._loss, self._steps = loss, 0
+
+    def advance(self, num_steps: int) -> None:
+        self._steps += num_steps
+
+    def look(self) -> Look:
+        return Look(loss=self._loss(self._steps), reached=self._loss(self._steps) <= 0.05)
+
+
+def test_a_new_leader_that_falls_behind_does_not_catch_up_first() -> None:
+    """Half an octave below, a run that is ahead for some steps and then stalls."""
+
+    def make(rate: float) -> Contestant:
+        half_octave = round(2 * math.log2(rate))
+        if half_octave == 0:
+            return Curve(lambda n: min(1.0, 17 / n))
+        if half_octave == -1:
+            return Curve(lambda n: 1.0 if n < 36 else 0.3)
+        return Curve(lambda n: 5.0 if n > 1 else 6.0)
+
+    search = Searched(make, 1.0)
+    assert search.search(0.05) == 0
+    assert search.run_at(0).state == "reached" and search.run_at(0).steps > 300
+    assert 36 <= search.run_at(-1).steps < 120, "the old leader had done 180 when it was passed"
+
+
+def test_a_rate_that_was_carried_here_is_not_looked_for_octaves_away() -> None:
+    """The loss that does not fall yet tells a first search to look far, and a later one nothing."""
+
+    def make(rate: float) -> Contestant:
+        progress = rate if rate < 1.01 else 0.0
+        return Curve(lambda n: min(1.0, 40 / max(n * progress, 1.0)))
+
+    tried: dict[bool, set[int]] = {}
+    for carried in (False, True):
+        search = Searched(make, 1.0)
+        search.search(0.05, carried=carried)
+        tried[carried] = {half_octave for half_octave, run in search.runs.items() if run.steps}
+    assert min(tried[False]) <= -8 and max(tried[False]) >= 4
+    assert tried[True] <= {-2, -1, 0, 1, 2}

@@ -213,12 +213,20 @@ class Race:
             self._stopped_by = "diverged"
             return
         lead, changed = self._try_sizes(lead)
-        again = _SPEND_AGAIN if changed else _SPEND
         self._say(f"race: batch {lead[0]} leads, on to the target")
-        lead = (lead[0], self._search(*lead, spend=again))
+        again = _SPEND_AGAIN if changed else _SPEND
+        lead = (lead[0], self._search(*lead, spend=again, carried=changed))
         self._try_what_is_left(lead)
 
-    def _search(self, size: int, start: int, *, spend: float, until: float = 1.0) -> int:
+    def _search(
+        self,
+        size: int,
+        start: int,
+        *,
+        spend: float,
+        until: float = 1.0,
+        carried: bool = False,
+    ) -> int:
         """Searches the learning rate at a size; the leader is known at any moment."""
 
         def run_at(half_octave: int) -> Run:
@@ -229,7 +237,9 @@ class Race:
             return self._share(leader)
 
         self._leader = (size, start)
-        found = search_rate(Track(run_at, size), start, spend=spend, share=share, until=until)
+        found = search_rate(
+            Track(run_at, size), start, spend=spend, share=share, until=until, carried=carried
+        )
         self._leader = (size, found)
         return found
 

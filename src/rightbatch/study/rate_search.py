@@ -59,6 +59,7 @@ def search_rate(
     spend: float,
     share: Callable[[Run], float],
     until: float = 1.0,
+    carried: bool = False,
 ) -> int:
     """Finds the best learning rate and takes it to the target.
 
@@ -68,11 +69,12 @@ def search_rate(
         spend: Most examples of all runs, in units of the leader's; more only to replace it.
         share: How far a run has come, as a share of its way to the target; 0 where unknown.
         until: Ends the search when the leader has come this far.
+        carried: Whether `start` was found at another batch, so that it is not octaves away.
 
     Returns:
         Half octave of the leader: finished, unless `until` ended the search or all diverged.
     """
-    return _Search(track, start, spend, share, until).search()
+    return _Search(track, start, spend, share, until, carried=carried).search()
 
 
 class _Trial(NamedTuple):
@@ -91,6 +93,8 @@ class _Search:
         spend: float,
         share: Callable[[Run], float],
         until: float,
+        *,
+        carried: bool,
     ) -> None:
         self._track = track
         self._lead = start
@@ -98,6 +102,7 @@ class _Search:
         self._spend = spend
         self._share = share
         self._until = until
+        self._carried = carried
         self._horizon = max(_FIRST_STEPS, track.run_at(start).steps)
         self._spent_before = track.run_at(start).purse.examples
         self._led: set[tuple[int, int]] = set()
@@ -148,7 +153,7 @@ class _Search:
         return False
 
     def _trials(self) -> list[_Trial]:
-        if self._on_plateau(self._leader.steps):
+        if not self._carried and self._on_plateau(self._leader.steps):
             return [_Trial(offset, _LOWER_SHARE) for offset in _PLATEAU_OFFSETS]
         early = self._share(self._leader) < _EARLY
         octave = _OCTAVE_SHARE_EARLY if early else _OCTAVE_SHARE
