@@ -10,6 +10,7 @@ from rightbatch.errors import UsageError
 from rightbatch.laws.scaling import (
     AdamSettings,
     Rule,
+    carry_rate,
     estimate_surge_batch,
     noise_temperature,
     scale_adam,
@@ -174,3 +175,13 @@ def test_wrong_arguments_are_refused() -> None:
         scale_learning_rate(1, 1, 2, rule="cubic")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UsageError, match=r"beta is 1\.0; it must be at least 0 and below 1"):
         scale_beta_by_half_life(1.0, 1, 2)
+
+
+def test_a_rate_is_carried_by_the_saturating_law_or_its_root() -> None:
+    ratio = (1 + 100 / 32) / (1 + 100 / 128)
+    plain = carry_rate(0.1, at=32, to=128, critical_batch=100, normalised=False)
+    assert plain == pytest.approx(0.1 * ratio)
+    adam = carry_rate(0.1, at=32, to=128, critical_batch=100, normalised=True)
+    assert adam == pytest.approx(0.1 * math.sqrt(ratio))
+    back = carry_rate(plain, at=128, to=32, critical_batch=100, normalised=False)
+    assert back == pytest.approx(0.1)

@@ -15,8 +15,9 @@ from tests.plan.planted import plant, plant_race, plant_trial
 
 from rightbatch import Recipe
 from rightbatch.cli.render_plan import plan_text
+from rightbatch.laws.scaling import carry_rate
 from rightbatch.plan import Evidence, Plan, choose, replay_plan
-from rightbatch.plan.predict import carry_rate, expected_critical_batch, predict_rate
+from rightbatch.plan.predict import expected_critical_batch, predict_rate
 from rightbatch.plan.price import make_price, open_sizes, step_seconds
 from rightbatch.store import read_record, write_record
 

@@ -12,7 +12,6 @@ from rightbatch.laws.critical_batch import USUAL
 from rightbatch.laws.estimate import unresolved
 from rightbatch.plan import Evidence
 from rightbatch.plan.predict import (
-    carry_rate,
     expected_critical_batch,
     predict_batch,
     predict_rate,
@@ -77,14 +76,3 @@ def test_a_ramp_without_a_minimum_falls_back_on_edge_then_steepest_then_the_usua
     assert predict_rate(ramp, averaging=False, normalised=False) == 0.1
     assert predict_rate(ramp, averaging=True, normalised=False) == 0.01, "momentum 0.9 adds up ten"
     assert predict_rate(ramp, averaging=True, normalised=True) == 0.001
-    assert predict_rate(ramp, averaging=True, normalised=True) == 1e-3
-
-
-def test_a_rate_is_carried_by_the_saturating_law_or_its_root() -> None:
-    ratio = (1 + 100 / 32) / (1 + 100 / 128)
-    plain = carry_rate(0.1, at=32, to=128, critical_batch=100, normalised=False)
-    assert plain == pytest.approx(0.1 * ratio)
-    adam = carry_rate(0.1, at=32, to=128, critical_batch=100, normalised=True)
-    assert adam == pytest.approx(0.1 * math.sqrt(ratio))
-    back = carry_rate(plain, at=128, to=32, critical_batch=100, normalised=False)
-    assert back == pytest.approx(0.1)

@@ -217,6 +217,28 @@ def test_the_safe_side_of_the_cliff_is_taken_where_it_costs_little(
     assert chosen(race, conclude(race, TIME)) == index
 
 
+@pytest.mark.parametrize(
+    ("above", "extra", "index"),
+    [
+        (2.5, 1.25, 0),  # a cliff: much is worth being farther away
+        (2.5, 1.45, 1),
+        (1.3, 1.05, 0),  # a slope: little is
+        (1.3, 1.13, 1),
+        (1.05, 1.05, 1),  # the flat of the valley: nothing is
+        (None, 1.25, 0),  # diverged
+    ],
+)
+def test_the_rate_above_tells_what_the_safe_side_may_cost(
+    above: float | None, extra: float, index: int
+) -> None:
+    rate = trial(32).learning_rate
+    below = replace(trial(32, slower=extra), learning_rate=rate / math.sqrt(2))
+    higher = fallen(trial(32, share=0.5)) if above is None else trial(32, slower=above)
+    race = record(below, trial(32), replace(higher, learning_rate=rate * math.sqrt(2)))
+    race = replace(race, leader=1)
+    assert chosen(race, conclude(race, TIME)) == index
+
+
 def test_on_the_planted_cliff_the_lower_of_two_near_equals_is_taken() -> None:
     """A quarter octave either side of the best: nearly the same steps, one nearer to the cliff."""
     race = record(trial(32, off=0.25), trial(32, off=-0.25))

@@ -115,6 +115,26 @@ class AdamSettings:
     eps: float = 1e-8
 
 
+def carry_rate(rate: float, *, at: int, to: int, critical_batch: float, normalised: bool) -> float:
+    """A learning rate carried to another batch by the saturating law.
+
+    ε(B) ∝ 1/(1 + B_noise/B) for SGD (McCandlish et al. 2018, eq. 2.6); its square root for
+    optimizers that normalise by the gradient's size.
+
+    Args:
+        rate: The learning rate.
+        at: The batch it is for.
+        to: The other batch.
+        critical_batch: Stands for B_noise.
+        normalised: Whether the optimizer divides by the gradient's size.
+
+    Returns:
+        The learning rate at the other batch.
+    """
+    ratio = scale_learning_rate(1.0, at, to, rule="saturating", noise_scale=critical_batch)
+    return rate * (math.sqrt(ratio) if normalised else ratio)
+
+
 def scale_adam(settings: AdamSettings, old_batch: float, new_batch: float) -> AdamSettings:
     """Adam's hyperparameters at another batch, so that both follow the same diffusion.
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from rightbatch.laws.curve import compare_steps
 from rightbatch.laws.estimate import Estimate
+from rightbatch.laws.scaling import carry_rate
 from rightbatch.laws.split import Split, split_batch
 from rightbatch.plan.predict import (
-    carry_rate,
     expected_critical_batch,
     predict_batch,
     predict_rate,

@@ -115,26 +115,6 @@ def predict_rate(ramp: LearningRateRecord, *, averaging: bool, normalised: bool)
     return _USUAL_NORMALISED_RATE if normalised else _USUAL_RATE[kind]
 
 
-def carry_rate(rate: float, *, at: int, to: int, critical_batch: float, normalised: bool) -> float:
-    """A learning rate carried to another batch by the saturating law.
-
-    ε(B) ∝ 1/(1 + B_noise/B) for SGD (McCandlish et al. 2018, eq. 2.6); its square root for
-    optimizers that normalise by the gradient's size.
-
-    Args:
-        rate: The learning rate.
-        at: The batch it is for.
-        to: The other batch.
-        critical_batch: Stands for B_noise.
-        normalised: Whether the optimizer divides by the gradient's size.
-
-    Returns:
-        The learning rate at the other batch.
-    """
-    ratio = (1 + critical_batch / at) / (1 + critical_batch / to)
-    return rate * (math.sqrt(ratio) if normalised else ratio)
-
-
 def starting_rate(evidence: Evidence) -> float:
     """Where a race begins to look for the learning rate."""
     setting = evidence.setting

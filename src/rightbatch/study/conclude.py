@@ -22,6 +22,7 @@ from rightbatch.laws.critical_batch import (
     infer_critical_batch,
 )
 from rightbatch.laws.curve import LossCurve, StepRatio, compare_steps, make_loss_curve
+from rightbatch.laws.scaling import scale_learning_rate
 from rightbatch.study.records import Cell, RaceRecord, TrialRecord
 
 Array = NDArray[np.float64]
@@ -209,9 +210,13 @@ def _within_reach(cell: Cell, leader: Cell, *, normalised: bool) -> bool:
     # The largest that is stable grows no faster than the batch, with optimizers that divide by the
     # gradient's size than its root. The leader's was lowered until its neighbours lost; a run at
     # another size may have begun before that, and be ahead because this seed stands it.
-    ratio = cell.global_batch / leader.global_batch
-    most = math.sqrt(ratio) if normalised else ratio
-    return cell.learning_rate <= leader.learning_rate * most * _ROUNDING
+    most = scale_learning_rate(
+        leader.learning_rate,
+        leader.global_batch,
+        cell.global_batch,
+        rule="sqrt" if normalised else "linear",
+    )
+    return cell.learning_rate <= most * _ROUNDING
 
 
 def _diverged(curve: LossCurve) -> bool:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from rightbatch.laws.critical_batch import infer_critical_batch
 from rightbatch.laws.curve import loss_of_log
+from rightbatch.laws.scaling import carry_rate
 from rightbatch.study.conclude import (
     LEAST_STEPS,
     Outlook,
@@ -325,9 +326,10 @@ class Race:
     ) -> tuple[int, int]:
         """Runs another size, its learning rate by the saturating law."""
         critical = outlook.critical_batch.median
-        gain = (1 + critical / lead[0]) / (1 + critical / size)
-        octaves = math.log2(gain) * (0.5 if self._normalised else 1.0)
-        place = (size, lead[1] + round(2 * octaves))
+        carried = carry_rate(
+            1.0, at=lead[0], to=size, critical_batch=critical, normalised=self._normalised
+        )
+        place = (size, lead[1] + round(2 * math.log2(carried)))
         steps = math.ceil(share * self._runs[lead].steps * outlook.step_ratio(size))
         run = self._run_at(*place)
         while run.dead and lead[1] - place[1] < _FARTHEST_BELOW:
