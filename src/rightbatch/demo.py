@@ -29,7 +29,7 @@ from rightbatch.recipe import Recipe
 from rightbatch.store import make_run_directory, write_record
 from rightbatch.study.race import UNIT_BATCH
 from rightbatch.training import Training
-from rightbatch.training.loop import point_value
+from rightbatch.training.run import point_value
 from rightbatch.workload import Workload
 
 WORKLOAD = "digits"

@@ -36,6 +36,7 @@ def gradient(workload: Workload, sizes: list[int]) -> tuple[Tensor, Tensor]:
     indices = torch.arange(sum(sizes)).split(sizes)
     window = [workload.train_examples.batch(part) for part in indices]
     loss = compute_gradients(workload, model, window, autocast=None)
+    assert loss is not None
     return loss, flat_gradient(model)
 
 
@@ -126,7 +127,8 @@ def test_one_step_of_sgd_is_lr_times_the_mean_gradient() -> None:
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e9)  # what an earlier step left must not count
     window = [(X[:60], Y[:60]), (X[60:], Y[60:])]
-    loss = optimizer_step(workload, model, optimizer, window)
+    loss = optimizer_step(workload, model, optimizer, window).loss
+    assert loss is not None
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     whole_loss, whole = gradient(workload, [100])
     same(after, before - 0.3 * whole)

@@ -12,6 +12,7 @@ from rightbatch.device.clock import Clock
 from rightbatch.recipe import Precision
 from rightbatch.training import epoch_order
 from rightbatch.training.evaluate import evaluate, to_device
+from rightbatch.training.loop import losses_read_together
 from rightbatch.training.step import optimizer_step
 from rightbatch.workload import Examples, Workload
 
@@ -130,15 +131,17 @@ class StepTimer:
         return [to_device(source.batch(part), self._device) for part in window.split(micro_batch)]
 
     def _steps(self, windows: list[list[Any]], micro_batch: int) -> None:
-        losses: list[Tensor] = []
+        unread: list[Tensor] = []
         for window in windows:
-            loss = optimizer_step(
+            result = optimizer_step(
                 self._workload, self._model, self._optimizer, window, autocast=self._autocast
             )
-            losses.append(loss)
-            # The training loop looks for divergence in groups of steps, which costs something too.
-            if len(losses) % 16 == 0:
-                bool(torch.stack(losses[-16:]).float().isfinite().all())
+            if result.loss is not None:
+                unread.append(result.loss)
+            # The training loop reads its losses as well, in the same groups.
+            if len(unread) >= losses_read_together(self._device):
+                torch.stack(unread).tolist()
+                unread.clear()
         self.examples += micro_batch * len(windows)
 
 

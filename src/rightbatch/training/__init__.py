@@ -1,6 +1,18 @@
 """The one training loop that probes, studies, plans and adapters share."""
 
-from rightbatch.training.loop import Run, Training, train
+from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.loop import Training
 from rightbatch.training.order import epoch_order
+from rightbatch.training.rates import Horizon
+from rightbatch.training.run import Run, train
 
-__all__ = ["Run", "Training", "epoch_order", "train"]
+__all__ = [
+    "Callback",
+    "Horizon",
+    "Point",
+    "Run",
+    "StepRecord",
+    "Training",
+    "epoch_order",
+    "train",
+]

@@ -1,76 +1,41 @@
-"""The training loop, as an object that can be advanced step by step, and `train` on top of it.
+"""The training loop, as an object that can be advanced step by step.
 
 A `Training` is a run that can be continued: probes advance it a little, a race advances the arms
 that are still in, `train` advances it to the end. What it does depends only on the workload, the
-recipe and the seed, not on how it was cut into pieces.
+recipe, the seed and the horizon, not on how it was cut into pieces.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rightbatch.errors import UsageError
+from rightbatch.laws.efficiency import adascale_gain
+from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.evaluate import Evaluation, evaluate, to_device
-from rightbatch.training.order import epoch_order
-from rightbatch.training.step import optimizer_step
+from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
+from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.evaluate import Evaluation, evaluate
+from rightbatch.training.loader import Share, load_windows
+from rightbatch.training.model import make_model, smallest_pass
+from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.rates import Horizon, Rates, group_settings
+from rightbatch.training.step import StepResult, optimizer_step
+from rightbatch.training.window_noise import WindowNoise
+from rightbatch.training.windows import Place, Window, plan_windows
 from rightbatch.workload import Workload
 
-_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One evaluation during a run."""
-
-    step: int
-    examples: int
-    train_loss: float
-    val_loss: float | None
-    val_metric: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished training.
-
-    Attributes:
-        recipe: What was run.
-        model: The trained model.
-        steps: Updates done.
-        epochs: Passes over the training set, fractional when stopped inside one.
-        examples: Training examples processed.
-        train_loss: Mean loss of the updates since the evaluation before the last.
-        val_loss: Last validation loss, or None without a validation set.
-        val_metric: Last validation metric, or None without one.
-        diverged: Whether the loss became NaN, infinite or exploded.
-        reached_target: Whether the target was met; None without a target.
-        steps_to_target: Updates done when the target was first met, or None.
-        history: The evaluations, oldest first.
-    """
-
-    recipe: Recipe
-    model: nn.Module
-    steps: int
-    epochs: float
-    examples: int
-    train_loss: float
-    val_loss: float | None
-    val_metric: float | None
-    diverged: bool
-    reached_target: bool | None
-    steps_to_target: int | None
-    history: list[Point] = field(repr=False)
+_RECORDS = 16
+"""Updates whose records are read together."""
 
 
 class Training:
@@ -84,32 +49,105 @@ class Training:
         recipe: How.
         seed: Decides initial weights, data order and dropout.
         device: Where.
+        horizon: The length of the whole run, for schedules that need it.
+        callbacks: What watches it.
+        workers: Processes that fetch examples ahead.
+
+    Attributes:
+        steps: Updates done.
+        examples: Examples processed.
+        consumed: Examples of the training set gone through, over all epochs: the place in the data.
+            Those that padding repeats are not counted, those that `drop` leaves out are.
+        seconds: Wall time of the updates.
+        diverged: Whether the loss left the numbers.
+        stop_requested: Set by a callback or a signal: no further update is begun.
     """
 
     def __init__(
-        self, workload: Workload, recipe: Recipe, *, seed: int = 0, device: str = "cpu"
+        self,
+        workload: Workload,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        horizon: Horizon | None = None,
+        callbacks: Sequence[Callback] = (),
+        workers: int = 0,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
         self.seed = seed
         self.device = device
+        self.horizon = horizon
+        self.callbacks = tuple(callbacks)
+        self.workers = workers
         with torch.inference_mode(False):
-            self.model = workload.build_model(seed, device)
+            self.model, self._forward_model = make_model(workload, recipe, seed, device)
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._num_examples = workload.num_examples
+        self._smallest = smallest_pass(workload, self.model, recipe, device)
+        self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
+        self.seconds = 0.0
+        self.consumed = 0
         self.diverged = False
+        self.stop_requested = False
         self.first_loss: float | None = None
-        self._random_state = _seeded_random_state(seed)
-        self._epoch, self._offset = 0, 0
-        self._windows = self._iterate_windows()
-        self._losses: list[Tensor] = []
+        self.gained = 0.0
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._random = OwnRandomState(seed, device)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What follows from the recipe and the place, and is made anew when either is changed."""
+        self._autocast = autocast_dtype(self.recipe.precision)
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon)
+        self._scaled = self.recipe.rate_rule == "adascale"
+        self.noise = self._make_noise()
+        self._patience = losses_read_together(self.device)
+        self._unread: list[Tensor | None] = []
+        self._losses: list[float | None] = []
+        self._unrecorded: list[tuple[tuple[Any, ...], list[Tensor] | float | None]] = []
+        self._reload()
+
+    def _make_noise(self) -> WindowNoise | None:
+        """Where the recipe needs the noise scale on the way, what measures it."""
+        recipe = self.recipe
+        if recipe.batch_policy == "follow-noise":
+            largest = recipe.largest_batch or self.workload.num_examples
+            return WindowNoise(recipe.global_batch, largest)
+        return WindowNoise(recipe.global_batch, None) if self._scaled else None
+
+    def _reload(self) -> None:
+        """Windows from the present place on."""
+        recipe = self.recipe
+        windows = plan_windows(
+            self._num_examples,
+            seed=self.seed,
+            start=Place(*divmod(self.consumed, self._num_examples)),
+            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            last_batch=recipe.last_batch,
+            smallest=self._smallest,
+        )
+        self._windows = load_windows(
+            self.workload.train_examples,
+            windows,
+            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest),
+            seed=self.seed,
+            device=self.device,
+            workers=self.workers,
+        )
+
+    def _batch_at(self, consumed: int) -> int:
+        if self.noise is not None and self.noise.batch is not None:
+            return self.noise.batch
+        return batch_at(consumed, self.recipe.global_batch, self.recipe.batch_ramp)
 
     @property
     def epochs(self) -> float:
         """Passes over the training set so far."""
-        return self.examples / self.workload.num_examples
+        return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
         """A copy that goes on from here under another recipe; this one is not touched.
@@ -125,50 +163,182 @@ class Training:
         """
         copied = copy.copy(self)
         copied.recipe = recipe
+        copied.callbacks = ()
         with torch.inference_mode(False):
-            copied.model = copy.deepcopy(self.model)
+            copied.model, copied._forward_model = make_model(
+                self.workload, recipe, self.seed, self.device, like=self.model
+            )
             copied.optimizer = self.workload.make_optimizer(
                 copied.model.parameters(), recipe.learning_rate
             )
-        copied._base_lrs = [group["lr"] for group in copied.optimizer.param_groups]
-        with torch.inference_mode(False):
+            fresh = [group_settings(group) for group in copied.optimizer.param_groups]
             copied.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        for group, lr in zip(copied.optimizer.param_groups, copied._base_lrs, strict=True):
-            group["lr"] = lr
-        copied._losses = []
-        copied._windows = copied._iterate_windows()
+        for group, settings in zip(copied.optimizer.param_groups, fresh, strict=True):
+            group.update(settings)
+        copied.scaler = make_scaler(recipe.precision, self.device)
+        copied._random = self._random.copy()
+        copied._loss_sum, copied._loss_count = 0.0, 0
+        copied._begin()
         return copied
 
-    def advance(self, num_steps: int) -> None:
-        """Does up to `num_steps` updates; stops early when the loss leaves the numbers.
+    @property
+    def over(self) -> bool:
+        """Whether no further update will be done."""
+        return self.diverged or self.stop_requested or self.finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether the horizon is reached; never without one."""
+        if self.horizon is None:
+            return False
+        return self.horizon.progress(self.steps, self._covered) >= 1
+
+    @property
+    def _covered(self) -> float:
+        """How far the run is, in examples of the horizon."""
+        # A step of AdaScale counts as many steps at the first batch as it is worth.
+        return self.gained if self._scaled else self.consumed
+
+    def advance(self, num_steps: int | None = None, *, to_epoch: int | None = None) -> None:
+        """Does some updates; stops early at the horizon, or when the loss leaves the numbers.
 
         Args:
-            num_steps: Updates to do.
+            num_steps: Updates to do; None: no limit but the others.
+            to_epoch: Stop when so many epochs are done.
         """
-        autocast = _AUTOCAST[self.recipe.precision]
+        last_step, last_consumed = self._limits(num_steps, to_epoch)
         # The caller may have switched gradients off, as a callback of an evaluation has.
-        with self._own_random_state(), torch.inference_mode(False), torch.enable_grad():
-            for _ in range(num_steps):
-                if self.diverged:
-                    return
-                window, num_examples = next(self._windows)
-                self._set_learning_rate()
-                loss = optimizer_step(
-                    self.workload, self.model, self.optimizer, window, autocast=autocast
-                )
-                self.steps += 1
-                self.examples += num_examples
-                self._offset += num_examples
+        with (
+            self._random.swapped_in(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            tensor_float_32(self.recipe.tf32),
+        ):
+            start = time.perf_counter()
+            while self.steps < last_step and self.consumed < last_consumed:
+                if self.diverged or self.stop_requested or (self._scaled and self.finished):
+                    break
+                window, batches = next(self._windows)
+                start = self._update(window, batches, start)
+        self._read_losses()
+        self._tell_records()
+
+    def _limits(self, num_steps: int | None, to_epoch: int | None) -> tuple[float, float]:
+        """Steps and consumed examples at which an advance ends."""
+        last_step = math.inf if num_steps is None else self.steps + num_steps
+        last_consumed = math.inf if to_epoch is None else to_epoch * self._num_examples
+        horizon = self.horizon
+        if horizon is not None and horizon.steps is not None:
+            last_step = min(last_step, horizon.steps)
+        if horizon is not None and horizon.examples is not None and not self._scaled:
+            last_consumed = min(last_consumed, horizon.examples)
+        return last_step, last_consumed
+
+    def _update(self, window: Window, batches: list[Any], start: float) -> float:
+        """One update; returns when it ended."""
+        gain = 1.0
+        if not self._rates.settled:
+            gain = self._gain(window)
+            self._rates.set(
+                steps=self.steps,
+                examples=self._covered,
+                global_batch=window.global_batch,
+                factor=window.rate_factor,
+                gain=gain,
+            )
+        draw = None
+        if self.noise is not None and len(batches) > 1:
+            draw = self.noise.observer(self.steps, self.model)
+        result = optimizer_step(
+            self.workload,
+            self._forward_model,
+            self.optimizer,
+            batches,
+            autocast=self._autocast,
+            scaler=self.scaler,
+            reduction=self.recipe.reduction,
+            clip_norm=self.recipe.clip_norm,
+            want_norms=bool(self.callbacks),
+            observe=draw,
+        )
+        self.steps += 1
+        self.examples += window.size
+        self.gained += gain * self.recipe.global_batch
+        self.consumed = window.epoch * self._num_examples + window.end
+        self._unread.append(result.loss)
+        if len(self._unread) >= self._patience or self.first_loss is None:
+            self._read_losses()
+        # What workers fetched ahead was for the old batch.
+        if draw is not None and self.noise is not None and self.noise.add(draw) and self.workers:
+            self._reload()
+        now = time.perf_counter()
+        self.seconds += now - start
+        if self.callbacks:
+            self._watch(window, result, now - start)
+        return now
+
+    def _gain(self, window: Window) -> float:
+        """How many steps at the recipe's batch this update is worth, by AdaScale."""
+        scale = window.global_batch / self.recipe.global_batch
+        if not self._scaled or self.noise is None or scale <= 1:
+            return 1.0
+        moments = self.noise.running_moments
+        if moments is None:
+            return 1.0
+        norm_squared, trace = max(moments[0], 0.0), max(moments[1], 0.0)
+        trace /= self.recipe.global_batch
+        if trace + norm_squared == 0:
+            return 1.0
+        return adascale_gain(scale, trace=trace, gradient_norm_squared=norm_squared)
+
+    def _read_losses(self) -> None:
+        """Looks at the losses of the last updates, and sees a divergence among them."""
+        unread, self._unread = self._unread, []
+        for loss in _values(unread):
+            if self.callbacks:
                 self._losses.append(loss)
-                # Looking at the loss waits for the device, so it is done in groups of steps.
-                if self.first_loss is None or len(self._losses) % 16 == 0:
-                    self._check_divergence()
-        self._check_divergence()
+            if loss is None:
+                continue
+            if self.first_loss is None:
+                self.first_loss = loss
+            self._loss_sum += loss
+            self._loss_count += 1
+            # Not `abs(loss) > limit`, which is false of NaN.
+            if not abs(loss) <= EXPLOSION * max(abs(self.first_loss), 1e-8):
+                self.diverged = True
+
+    def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
+        for callback in self.callbacks:
+            callback.on_step(self)
+        norms = result.gradient_norms
+        if self._patience == 1 and norms is not None:  # many small tensors are dear to keep
+            norms = math.hypot(*[norm.item() for norm in norms])
+        rate = self.optimizer.param_groups[0]["lr"]
+        position = (self.steps, self.consumed, self.examples, window.size, rate, seconds)
+        self._unrecorded.append((position, norms))
+        if len(self._unrecorded) >= _RECORDS:
+            self._tell_records()
+
+    def _tell_records(self) -> None:
+        """Gives the callbacks what the last updates were."""
+        if not self._unrecorded:
+            return
+        self._read_losses()
+        unrecorded, self._unrecorded = self._unrecorded, []
+        losses, self._losses = self._losses, []
+        whole_norms = _whole_norms([norms for _, norms in unrecorded])
+        records: list[StepRecord] = []
+        for (position, _), loss, norm in zip(unrecorded, losses, whole_norms, strict=True):
+            step, consumed, examples, size, rate, seconds = position
+            epochs, value = consumed / self._num_examples, math.nan if loss is None else loss
+            records.append(StepRecord(step, epochs, examples, size, rate, value, norm, seconds))
+        for callback in self.callbacks:
+            callback.on_records(self, records)
 
     def recent_train_loss(self) -> float:
         """Mean loss of the updates since the last call (NaN if there were none)."""
-        mean = float(torch.stack(self._losses).float().mean()) if self._losses else math.nan
-        self._losses.clear()
+        mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
+        self._loss_sum, self._loss_count = 0.0, 0
         return mean
 
     def evaluate(self) -> Point:
@@ -180,7 +350,7 @@ class Training:
         val = Evaluation(loss=math.nan)
         examples = self.workload.val_examples
         if examples is not None:
-            with self._own_random_state():
+            with self._random.swapped_in():
                 val = evaluate(self.workload, self.model, examples, device=self.device)
         return Point(
             step=self.steps,
@@ -188,127 +358,40 @@ class Training:
             train_loss=self.recent_train_loss(),
             val_loss=None if examples is None else val.loss,
             val_metric=val.metric,
+            epochs=self.epochs,
+            seconds=self.seconds,
         )
 
-    def _iterate_windows(self) -> Iterator[tuple[list[Any], int]]:
-        """Endless windows: the micro-batches of one update, and their number of examples."""
-        source, recipe = self.workload.train_examples, self.recipe
-        while True:
-            if self._offset >= source.num_examples:
-                self._epoch, self._offset = self._epoch + 1, 0
-            order = epoch_order(source.num_examples, seed=self.seed, epoch=self._epoch)
-            # The cursor counts examples: a copy with another batch goes on where this one stands.
-            for window in order[self._offset :].split(recipe.global_batch):
-                batches = [
-                    to_device(source.batch(indices), self.device)
-                    for indices in window.split(recipe.micro_batch)
-                ]
-                yield batches, len(window)
 
-    def _set_learning_rate(self) -> None:
-        warmup = self.recipe.warmup_steps
-        if self.steps > warmup:
-            return
-        factor = min(1.0, (self.steps + 1) / (warmup + 1))
-        for group, lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * factor
-
-    def _check_divergence(self) -> None:
-        if not self._losses:
-            return
-        recent = torch.stack(self._losses[-16:]).float()
-        if self.first_loss is None:
-            self.first_loss = float(recent[0])
-        worst = float(recent.abs().max())
-        limit = EXPLOSION * max(abs(self.first_loss), 1e-8)
-        self.diverged = not bool(recent.isfinite().all()) or worst > limit
-
-    @contextmanager
-    def _own_random_state(self) -> Iterator[None]:
-        """Swaps this training's random state in, and the caller's back."""
-        outside = torch.random.get_rng_state()
-        torch.random.set_rng_state(self._random_state)
-        try:
-            yield
-        finally:
-            self._random_state = torch.random.get_rng_state()
-            torch.random.set_rng_state(outside)
+def losses_read_together(device: str | torch.device) -> int:
+    """Updates after which losses are read: reading one waits for a GPU, but not for the CPU."""
+    return 1 if torch.device(device).type == "cpu" else 16
 
 
-def _seeded_random_state(seed: int) -> Tensor:
-    generator = torch.Generator()
-    # Another stream than the one that drew the initial weights.
-    generator.manual_seed(seed + 0x5EED)
-    return generator.get_state()
+def _values(losses: list[Tensor | None]) -> list[float | None]:
+    """The losses as numbers; all are fetched from the device at once."""
+    held = [loss for loss in losses if loss is not None]
+    if len(held) == 1 == len(losses):
+        return [held[0].item()]
+    values = iter(torch.stack(held).tolist() if held else [])
+    return [None if loss is None else next(values) for loss in losses]
 
 
-def train(
-    workload: Workload,
-    recipe: Recipe,
-    *,
-    epochs: float | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    until_target: bool = False,
-    evaluate_every: int | None = None,
-) -> Run:
-    """Trains a workload as a recipe says.
-
-    Args:
-        workload: What to train.
-        recipe: How.
-        epochs: Passes over the training set (a limit, with `until_target`).
-        steps: Updates; give either `epochs` or `steps`.
-        seed: Decides initial weights, data order and dropout.
-        device: Where.
-        until_target: Stop at the first evaluation that meets the workload's target.
-        evaluate_every: Updates between evaluations. Default: once an epoch.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        UsageError: If not exactly one of `epochs` and `steps` is given.
-    """
-    if (epochs is None) == (steps is None):
-        raise UsageError("Give either epochs or steps, and not both.")
-    steps_per_epoch = math.ceil(workload.num_examples / recipe.global_batch)
-    total = steps if steps is not None else round((epochs or 0) * steps_per_epoch)
-    every = evaluate_every or steps_per_epoch
-    target = workload.parsed_target
-    training = Training(workload, recipe, seed=seed, device=device)
-    history: list[Point] = []
-    steps_to_target = None
-    while training.steps < total and not training.diverged:
-        training.advance(min(every, total - training.steps))
-        point = training.evaluate()
-        history.append(point)
-        if target is not None and steps_to_target is None:
-            value = point_value(point, target.quantity)
-            if value is not None and target.reached(value):
-                steps_to_target = training.steps
-                if until_target:
-                    break
-    last = history[-1] if history else training.evaluate()
-    return Run(
-        recipe=recipe,
-        model=training.model,
-        steps=training.steps,
-        epochs=training.epochs,
-        examples=training.examples,
-        train_loss=last.train_loss,
-        val_loss=last.val_loss,
-        val_metric=last.val_metric,
-        diverged=training.diverged,
-        reached_target=None if target is None else steps_to_target is not None,
-        steps_to_target=steps_to_target,
-        history=history,
-    )
+def _whole_norms(norms: list[list[Tensor] | float | None]) -> list[float]:
+    """The norm of each update's gradient, from the norms of its parts."""
+    held = [part for parts in norms if isinstance(parts, list) for part in parts]
+    values = iter(_stacked(held).tolist() if held else [])
+    return [
+        math.hypot(*itertools.islice(values, len(parts)))
+        if isinstance(parts, list)
+        else math.nan
+        if parts is None
+        else parts
+        for parts in norms
+    ]
 
 
-def point_value(point: Point, quantity: str) -> float | None:
-    """The quantity of a target at an evaluation point, or None if it was not evaluated."""
-    if quantity == "train_loss":
-        return point.train_loss
-    return point.val_loss if quantity == "val_loss" else point.val_metric
+def _stacked(scalars: list[Tensor]) -> Tensor:
+    if len({scalar.dtype for scalar in scalars}) > 1:
+        scalars = [scalar.double() for scalar in scalars]
+    return torch.stack(scalars)

@@ -66,14 +66,23 @@ class TensorExamples:
                 "The first dimension of each must be the number of examples."
             )
         self.num_examples = lengths.pop()
+        self.bytes_per_example = sum(t[:1].numel() * t.element_size() for t in values)
 
     def batch(self, indices: Tensor) -> Any:
         """The rows at `indices` of every tensor, in the container the data came in."""
         if isinstance(self.tensors, Tensor):
-            return self.tensors[indices]
+            return self.tensors.index_select(0, indices)
         if isinstance(self.tensors, Mapping):
-            return {key: tensor[indices] for key, tensor in self.tensors.items()}
-        return tuple(tensor[indices] for tensor in self.tensors)
+            return {key: tensor.index_select(0, indices) for key, tensor in self.tensors.items()}
+        return tuple([tensor.index_select(0, indices) for tensor in self.tensors])
+
+    def cut(self, batch: Any, first: int, end: int) -> Any:
+        """A piece of a batch: its examples from `first` to before `end`, without a copy."""
+        if isinstance(batch, Tensor):
+            return batch[first:end]
+        if isinstance(batch, Mapping):
+            return {key: tensor[first:end] for key, tensor in batch.items()}
+        return tuple([tensor[first:end] for tensor in batch])
 
 
 class DatasetExamples:

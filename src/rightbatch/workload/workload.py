@@ -167,3 +167,20 @@ class Workload:
         inputs, targets = batch
         count = count_terms(targets)
         return self.loss(model(inputs), targets) * count, count
+
+    def loss_mean(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """The mean loss of a batch, and the count it is a mean over.
+
+        Args:
+            model: The model to evaluate.
+            batch: A batch as `train_examples.batch` returns it, on the model's device.
+
+        Returns:
+            `(loss, count)`; where the count is 0, the loss is no number.
+        """
+        if self.compute_loss is not None:
+            loss_sum, count = self.compute_loss(model, batch)
+            return loss_sum / count, count
+        assert self.loss is not None  # by __post_init__
+        inputs, targets = batch
+        return self.loss(model(inputs), targets), count_terms(targets)

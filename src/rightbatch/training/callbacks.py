@@ -1,0 +1,82 @@
+"""What can watch a training: callbacks, and the records they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from rightbatch.training.loop import Training
+    from rightbatch.training.run import Run
+
+
+class StepRecord(NamedTuple):
+    """One update.
+
+    Attributes:
+        step: Updates done, this one included.
+        epochs: Passes over the training set, this update included.
+        examples: Examples processed, this update's included.
+        global_batch: Examples of this update.
+        learning_rate: Of the optimizer's first group.
+        loss: Mean loss of the update's examples before it.
+        gradient_norm: Norm of the update's gradient before clipping.
+        seconds: Wall time since the update before.
+    """
+
+    step: int
+    epochs: float
+    examples: int
+    global_batch: int
+    learning_rate: float
+    loss: float
+    gradient_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One evaluation during a run.
+
+    Attributes:
+        step: Updates done.
+        examples: Training examples processed.
+        train_loss: Mean loss of the updates since the last evaluation.
+        val_loss: Validation loss, or None without a validation set.
+        val_metric: Validation metric, or None without one.
+        epochs: Passes over the training set.
+        seconds: Wall time of the run's updates so far. It differs from run to run, so that it
+            does not count in comparisons.
+    """
+
+    step: int
+    examples: int
+    train_loss: float
+    val_loss: float | None
+    val_metric: float | None
+    epochs: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
+
+
+class Callback(Protocol):
+    """Watches a training. Inherit from it and define what is of interest; the rest does nothing.
+
+    A callback may read the training, and set `training.stop_requested`. It is called on the
+    training's own thread, so what it raises ends the training.
+    """
+
+    def on_start(self, training: Training) -> None:
+        """Before the first update of this process."""
+
+    def on_step(self, training: Training) -> None:
+        """After each update. Keep it short; on a GPU, reading a value waits for the device."""
+
+    def on_records(self, training: Training, records: Sequence[StepRecord]) -> None:
+        """Some updates' records, in order: several at a time, since reading losses takes time."""
+
+    def on_evaluation(self, training: Training, point: Point) -> None:
+        """After each evaluation."""
+
+    def on_end(self, training: Training, run: Run) -> None:
+        """After the last update, however the run ended."""

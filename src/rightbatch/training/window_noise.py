@@ -1,0 +1,172 @@
+"""The noise scale along a training, from the micro-batches that accumulation makes anyway.
+
+The micro-batches of one update are draws of the same gradient, so their scatter is a measurement
+of S = tr Σ and |G|² at no extra forward or backward pass (`rightbatch.laws.noise`). What it costs
+is one pass over the gradients per micro-batch, so one update in `PAUSE` is drawn from: a fixed
+number and no measured time, since a run must be the same run on a slower machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rightbatch.laws.noise import GradientSample, NoiseEstimate, micro_batch_moments
+from rightbatch.laws.noise_sums import NoiseSums
+from rightbatch.laws.schedule import follow_noise_scale
+
+PAUSE = 8
+"""Updates from one draw to the next: keeps the cost below 2 % of the time."""
+DRAWS = 16
+"""Draws of one estimate: the noise scale changes slowly, and its interval must be usable."""
+_MEMORY = 0.9
+"""Of the running averages of |G|² and S, from draw to draw."""
+
+
+class WindowNoise:
+    """Collects draws of (|G|², S) from the updates of one training, and follows the noise scale.
+
+    Args:
+        global_batch: The batch that the run begins with.
+        largest: The batch is not raised beyond this; None: it is not followed at all.
+
+    Attributes:
+        latest: The newest noise scale, lowest and highest it may be, of enough draws; or None.
+        batch: The batch that follows it, or None before the first rise.
+    """
+
+    def __init__(self, global_batch: int, largest: int | None) -> None:
+        self._global_batch = global_batch
+        self._largest = largest
+        self.latest: NoiseEstimate | None = None
+        self.batch: int | None = None
+        self._reference: float | None = None
+        self._sums = NoiseSums()
+        self._running = (0.0, 0.0)
+        self._num_draws = 0
+
+    def observer(self, steps: int, model: nn.Module) -> Draw | None:
+        """What is to observe the coming update, where it is one that is drawn from.
+
+        Args:
+            steps: Updates done.
+            model: Whose gradient it is.
+
+        Returns:
+            The observer, or None.
+        """
+        return Draw(model.parameters()) if steps % PAUSE == 0 else None
+
+    def add(self, draw: Draw) -> bool:
+        """Takes a draw in.
+
+        Args:
+            draw: What observed an update.
+
+        Returns:
+            Whether the batch changes with the next update.
+        """
+        moments = draw.moments()
+        if moments is None:
+            return False
+        self._num_draws += 1
+        self._running = tuple(  # pyright: ignore[reportAttributeAccessIssue]
+            _MEMORY * old + (1 - _MEMORY) * new
+            for old, new in zip(self._running, moments, strict=True)
+        )
+        self._sums = self._sums.add(*moments)
+        if self._sums.num_draws < DRAWS:
+            return False
+        self.latest = self._sums.estimate(method="micro-batches of updates")
+        self._sums = NoiseSums()
+        return self._follow(self.latest.noise_scale.value)
+
+    def _follow(self, noise_scale: float | None) -> bool:
+        # What is unresolved says nothing; the batch stays as it is.
+        if noise_scale is None or noise_scale <= 0 or self._largest is None:
+            return False
+        if self._reference is None:
+            self._reference = noise_scale
+        before = self.batch or self._global_batch
+        wanted = follow_noise_scale(
+            noise_scale,
+            reference_batch=self._global_batch,
+            reference_noise=self._reference,
+            largest=self._largest,
+        )
+        # The scale grows over a training; that it seems to fall is the scatter of estimates.
+        self.batch = max(wanted, before)
+        return self.batch != before
+
+    @property
+    def running_moments(self) -> tuple[float, float] | None:
+        """Running averages of |G|² and S over the last draws, or None before any."""
+        if self._num_draws == 0:
+            return None
+        bias = 1 - _MEMORY**self._num_draws
+        return self._running[0] / bias, self._running[1] / bias
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on exactly."""
+        return {
+            "sums": asdict(self._sums),
+            "running": self._running,
+            "num_draws": self._num_draws,
+            "reference": self._reference,
+            "batch": self.batch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict`."""
+        self._sums = NoiseSums(**state["sums"])
+        self._running = state["running"]
+        self._num_draws = state["num_draws"]
+        self._reference = state["reference"]
+        self.batch = state["batch"]
+
+
+class Draw:
+    """Observes one update: the squared norm of each micro-batch's own mean gradient.
+
+    Args:
+        parameters: Of the model; `.grad` holds the sum so far when it is called.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._before: list[Tensor] | None = None
+        self._counts: list[float] = []
+        self._squares: list[Tensor] = []
+
+    def __call__(self, count: float) -> None:
+        """After a micro-batch's backward pass.
+
+        Args:
+            count: Examples (or tokens) of it.
+        """
+        summed = [p.grad for p in self._parameters if p.grad is not None]
+        own = summed if self._before is None else torch._foreach_sub(summed, self._before)
+        self._squares.append(_squared_norm(own) / count**2)
+        self._counts.append(count)
+        self._before = [gradient.clone() for gradient in summed]
+
+    def moments(self) -> tuple[float, float] | None:
+        """Unbiased |G|² and S, or None with fewer than two micro-batches."""
+        if len(self._counts) < 2 or self._before is None:
+            return None
+        squares = torch.stack(self._squares).double().cpu().numpy()
+        whole = float(_squared_norm(self._before)) / sum(self._counts) ** 2
+        sample = GradientSample(
+            sizes=np.array(self._counts), gram=np.diag(squares), mean_norm_squared=whole
+        )
+        return micro_batch_moments(sample)
+
+
+def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
+    return norms.square().sum()
