@@ -218,9 +218,7 @@ def _from_node(node: Any, tensors: dict[str, Tensor], depth: int) -> Any:
         return [_from_node(item, tensors, depth + 1) for item in node]
     if not isinstance(node, dict):
         return node
-    if len(node) != 1:
-        raise ValueError(f"a node has the keys {sorted(node)} instead of one")
-    [(kind, content)] = node.items()
+    [(kind, content)] = node.items()  # a ValueError where there is not one
     if kind in ("int", "float", "text"):
         return _scalar_from_node(kind, content)
     if kind == "tuple":
