@@ -65,8 +65,8 @@ class LoadedCheckpoint:
 def save_checkpoint(folder: str | Path, state: Any, *, steps: int) -> Path:
     """Writes a checkpoint, whole or not at all, and keeps the one before it.
 
-    Older ones, and what killed saves left behind, are deleted after the new one was read back. A
-    damaged file that is ahead of `steps` is then renamed to `*.damaged`, out of the way.
+    What killed saves left behind is deleted first, older checkpoints after the new one was read
+    back. A damaged file ahead of `steps` is then renamed to `*.damaged`, out of the way.
 
     Args:
         folder: Where the checkpoints of this run are; made if missing.
@@ -81,8 +81,8 @@ def save_checkpoint(folder: str | Path, state: Any, *, steps: int) -> Path:
     Raises:
         UsageError: If the state holds something else, `steps` is out of range, or the folder has
             a sound checkpoint of a later step, which is another run's.
-        OSError: If any step of the write fails; it names the path. What was there before is still
-            there.
+        OSError: If any step of the write fails; it names the path. The checkpoint of the step
+            before still loads.
     """
     if not 0 <= steps < 10**12:
         raise UsageError(f"steps is {steps}; it must be from 0 to {10**12 - 1}.")
