@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -244,6 +245,34 @@ def test_a_device_that_keeps_something_else_is_noticed(
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data).replace(b"1", b"2")))
     with pytest.raises(OSError, match="read back is not what was written"):
         write_record(path, TOY, schema=SCHEMA)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x + b"0", lambda x: x[:-1] + b"1"])
+def test_what_is_read_back_is_compared_to_the_last_byte(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    data = b"0" * (1 << 20)
+    write_atomically(path, data)
+    replace = os.replace
+
+    def replace_by_another(source: Path, target: Path) -> None:
+        source.write_bytes(change(data))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_by_another)
+    with pytest.raises(OSError, match="read back is not what was written"):
+        write_atomically(path, data)
+
+
+def test_a_write_takes_no_second_copy_of_the_data_in_memory(path: Path) -> None:
+    data = bytes(20_000_000)
+    tracemalloc.start()
+    try:
+        write_atomically(path, data)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 4_000_000
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

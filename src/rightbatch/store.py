@@ -233,7 +233,7 @@ def write_atomically(path: str | Path, data: bytes) -> str:
         _write_and_flush(temporary, data)
         os.replace(temporary, target)  # noqa: PTH105 (one seam for all system calls)
         _flush_folder(target.parent)
-        if target.read_bytes() != data:
+        if not _holds(target, data):
             raise OSError(errno.EIO, "what was read back is not what was written")
     except OSError as error:
         reason = error.strerror or str(error)
@@ -255,6 +255,17 @@ def _write_and_flush(path: Path, data: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file is these bytes; read in pieces, since a second copy may not fit in memory."""
+    position = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            if piece != data[position : position + len(piece)]:
+                return False
+            position += len(piece)
+    return position == len(data)
 
 
 def _flush_folder(folder: Path) -> None:
