@@ -193,8 +193,13 @@ def share_outside_thread(blocks: Sequence[Block]) -> float:
 
 
 def _outside_text(cells: Sequence[Cell]) -> str:
-    most = max(share_outside_thread(blocks) for cell in cells for blocks in cell.blocks.values())
-    return f"Processor time outside the training thread: at most {100 * most:.1f} % in any row."
+    most, row = max(
+        (share_outside_thread(blocks), row) for cell in cells for row, blocks in cell.blocks.items()
+    )
+    return (
+        f"Processor time outside the training thread: at most {100 * most:.1f} % "
+        f"({LABELS.get(row, row)})."
+    )
 
 
 def write_results(cells: Sequence[Cell], machine: dict[str, Any], folder: Path = RESULTS) -> Path:
