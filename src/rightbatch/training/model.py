@@ -17,6 +17,7 @@ from rightbatch.errors import RecipeError
 from rightbatch.isolate.preserve import preserved_state
 from rightbatch.recipe import Recipe
 from rightbatch.training.evaluate import to_device
+from rightbatch.training.ghost_norm import use_ghost_norm
 from rightbatch.workload import Workload
 
 
@@ -44,6 +45,8 @@ def make_model(
         model = copy.deepcopy(like)
     else:
         model = workload.build_model(seed, device)
+        if recipe.ghost_batch is not None:
+            use_ghost_norm(model, recipe.ghost_batch)
         if recipe.activation_checkpointing:
             checkpoint_activations(model)
     if recipe.compile is None:
