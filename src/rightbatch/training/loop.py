@@ -34,6 +34,18 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
+_COUNTS = (
+    "steps",
+    "examples",
+    "seconds",
+    "consumed",
+    "gained",
+    "first_loss",
+    "diverged",
+    "_loss_sum",
+    "_loss_count",
+)
+"""Numbers that a resumed run goes on counting from."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -199,12 +211,59 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def advance(self, num_steps: int | None = None, *, to_epoch: int | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how this training goes on.
+
+        Returns:
+            A tree of plain values and tensors; the tensors are the live ones, so copy or write
+            them before the next update.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "random": self._random.states,
+            "noise": None if self.noise is None else self.noise.state_dict(),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self._random.states = state["random"]
+        for name in _COUNTS:
+            setattr(self, name, state["counts"][name])
+        self._rates.unsettle()
+        if self.noise is not None:
+            self.noise.load_state_dict(state["noise"])
+        self._reload()
+
+    def is_sound(self) -> bool:
+        """Whether every weight is a finite number; a run that is not cannot be gone on with."""
+        weights = [p.detach() for p in self.model.parameters()]
+        finite = torch.stack([torch.isfinite(w).all() for w in weights])
+        return not self.diverged and bool(finite.all())
+
+    def advance(
+        self,
+        num_steps: int | None = None,
+        *,
+        to_epoch: int | None = None,
+        deadline: float = math.inf,
+    ) -> None:
         """Does some updates; stops early at the horizon, or when the loss leaves the numbers.
 
         Args:
             num_steps: Updates to do; None: no limit but the others.
             to_epoch: Stop when so many epochs are done.
+            deadline: Stop after the update in which `time.perf_counter` passes this.
         """
         last_step, last_consumed = self._limits(num_steps, to_epoch)
         # The caller may have switched gradients off, as a callback of an evaluation has.
@@ -215,7 +274,7 @@ class Training:
             tensor_float_32(self.recipe.tf32),
         ):
             start = time.perf_counter()
-            while self.steps < last_step and self.consumed < last_consumed:
+            while self.steps < last_step and self.consumed < last_consumed and start < deadline:
                 if self.diverged or self.stop_requested or (self._scaled and self.finished):
                     break
                 window, batches = next(self._windows)

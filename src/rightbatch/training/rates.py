@@ -75,6 +75,10 @@ class Rates:
             for base in self._base:
                 _at_batch(base, recipe, batch, 1.0)
 
+    def unsettle(self) -> None:
+        """The optimizer's groups were changed from outside: they are set before the next update."""
+        self._current, self.settled = None, False
+
     def set(
         self, *, steps: int, examples: float, global_batch: int, factor: float, gain: float
     ) -> None:
