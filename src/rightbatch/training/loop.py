@@ -243,7 +243,13 @@ class Training:
         self._rates.unsettle()
         if self.noise is not None:
             self.noise.load_state_dict(state["noise"])
+        self.close()
         self._reload()
+
+    def close(self) -> None:
+        """Ends the workers that fetch ahead; the training can still be looked at."""
+        # Left to the garbage collector, each of them is waited for in vain for five seconds.
+        self._windows.close()
 
     def is_sound(self) -> bool:
         """Whether every weight is a finite number; a run that is not cannot be gone on with."""
@@ -329,6 +335,7 @@ class Training:
             self._read_losses()
         # What workers fetched ahead was for the old batch.
         if draw is not None and self.noise is not None and self.noise.add(draw) and self.workers:
+            self.close()
             self._reload()
         now = time.perf_counter()
         self.seconds += now - start

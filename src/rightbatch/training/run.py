@@ -175,13 +175,16 @@ class _Course:
             self._restore()
         for callback in training.callbacks:
             callback.on_start(training)
-        with nullcontext() if self._saver is None else StopOnSignal(training):
-            self._finish()
-            if self._saver is not None:
-                self._saver.save(training, self._state())
-            run = self._result()
-            for callback in training.callbacks:
-                callback.on_end(training, run)
+        try:
+            with nullcontext() if self._saver is None else StopOnSignal(training):
+                self._finish()
+                if self._saver is not None:
+                    self._saver.save(training, self._state())
+                run = self._result()
+                for callback in training.callbacks:
+                    callback.on_end(training, run)
+        finally:
+            training.close()
         return run
 
     def _finish(self) -> None:
