@@ -85,6 +85,8 @@ def bits(run: Run) -> tuple[Any, ...]:
     )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Accumulating:UserWarning")
+
 RECIPES = {
     "plain": recipe(),
     "accumulation": recipe(micro_batch=4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -11,11 +12,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rightbatch.errors import UsageError
+from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.callbacks import Callback, Point
 from rightbatch.training.interrupt import StopOnSignal
 from rightbatch.training.loop import Training
+from rightbatch.training.preflight import check_accumulation
 from rightbatch.training.saving import RunSettings, Saver
 from rightbatch.workload import Workload
 
@@ -80,6 +82,7 @@ def train(
     run_directory: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    preflight: bool = True,
 ) -> Run:
     """Trains a workload as a recipe says.
 
@@ -101,6 +104,8 @@ def train(
         run_directory: Where checkpoints are kept; None: nowhere.
         checkpoint_every: Updates between checkpoints, beside one a minute.
         resume: Go on from the newest checkpoint in `run_directory`, or begin where there is none.
+        preflight: Measure first whether accumulated micro-batches give the gradient of the whole
+            batch, and warn where they do not.
 
     Returns:
         The finished run.
@@ -131,6 +136,8 @@ def train(
         saver = Saver(run_directory, settings, steps_between=checkpoint_every)
         if not resume:
             saver.refuse_another_run()
+    if preflight and not resume:
+        _warn_of_the_split(workload, recipe, seed=seed, device=device)
     training = Training(
         workload,
         recipe,
@@ -141,6 +148,16 @@ def train(
         workers=workers,
     )
     return _Course(training, settings, saver).run(resume=resume)
+
+
+def _warn_of_the_split(workload: Workload, recipe: Recipe, *, seed: int, device: str) -> None:
+    """Says where micro-batches are not the whole batch, and by how much."""
+    try:
+        found = check_accumulation(workload, recipe, seed=seed, device=device)
+    except ProbeError:
+        return  # what cannot be compared will be told by the training itself
+    if found.warning is not None:
+        warnings.warn(found.warning, stacklevel=3)
 
 
 class _Course:
