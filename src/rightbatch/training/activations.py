@@ -99,11 +99,14 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.__dict__["forward"] = forward
 
 
+# Never compiled: the second pass would draw other dropout masks (torch 2.13).
+@torch.compiler.disable()
 def _run_block(block: nn.Module, own: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     forward = own or partial(type(block).forward, block)
     return _recomputed(forward, list(block.buffers()), *args, **kwargs)
 
 
+@torch.compiler.disable()
 def _run_in_segments(layers: nn.Sequential, inputs: Any) -> Any:
     for first, end in segments_of(layers):
         run = list(layers)[first:end]
@@ -118,11 +121,9 @@ def _chain(layers: list[nn.Module], inputs: Any) -> Any:
     return inputs
 
 
-@torch.compiler.disable()
 def _recomputed(
     forward: Callable[..., Any], buffers: list[Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Never compiled: compiled, the second pass draws other dropout masks (torch 2.13)."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(
