@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
@@ -114,7 +115,7 @@ class Training:
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon)
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=self._num_examples)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
@@ -154,7 +155,10 @@ class Training:
     def _batch_at(self, consumed: int) -> int:
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
-        return batch_at(consumed, self.recipe.global_batch, self.recipe.batch_ramp)
+        recipe = self.recipe
+        # Beyond the training set no batch grows, so the learning rate must not go on either.
+        largest = max(self._num_examples, recipe.global_batch)
+        return min(batch_at(consumed, recipe.global_batch, recipe.batch_ramp), largest)
 
     @property
     def epochs(self) -> float:
@@ -172,7 +176,15 @@ class Training:
 
         Returns:
             The copy.
+
+        Raises:
+            RecipeError: If BatchNorm in groups would have to become BatchNorm over whole batches.
         """
+        if self.recipe.ghost_batch is not None and recipe.ghost_batch is None:
+            raise RecipeError(
+                f"The run has ghost_batch {self.recipe.ghost_batch}, and a fork's recipe None. "
+                "Give it one: the largest batch normalises whole batches."
+            )
         copied = copy.copy(self)
         copied.recipe = recipe
         copied.callbacks = ()
@@ -277,7 +289,7 @@ class Training:
             self._random.swapped_in(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            tensor_float_32(self.recipe.tf32),
+            tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
             while self.steps < last_step and self.consumed < last_consumed and start < deadline:
@@ -313,7 +325,7 @@ class Training:
             )
         draw = None
         if self.noise is not None and len(batches) > 1:
-            draw = self.noise.observer(self.steps, self.model)
+            draw = self.noise.observer(self.steps, self.optimizer)
         result = optimizer_step(
             self.workload,
             self._forward_model,
@@ -328,15 +340,18 @@ class Training:
         )
         self.steps += 1
         self.examples += window.size
-        self.gained += gain * self.recipe.global_batch
-        self.consumed = window.epoch * self._num_examples + window.end
+        reached = window.epoch * self._num_examples + window.end
+        share = (reached - self.consumed) / window.global_batch  # of a whole update
+        self.gained += gain * share * self.recipe.global_batch
+        self.consumed = reached
         self._unread.append(result.loss)
         if len(self._unread) >= self._patience or self.first_loss is None:
             self._read_losses()
-        # What workers fetched ahead was for the old batch.
-        if draw is not None and self.noise is not None and self.noise.add(draw) and self.workers:
-            self.close()
-            self._reload()
+        if draw is not None and self.noise is not None:
+            changed = self.noise.add(draw, window.size)
+            if changed and self.workers:  # what they fetched ahead was for the old batch
+                self.close()
+                self._reload()
         now = time.perf_counter()
         self.seconds += now - start
         if self.callbacks:
