@@ -193,7 +193,7 @@ def test_undone_it_is_the_model_as_it_was() -> None:
         return 2 * x
 
     model = nn.Sequential(Block(), nn.Sequential(nn.Linear(6, 2)))
-    model[0].forward = shouting
+    model[0].forward = shouting  # pyright: ignore[reportAttributeAccessIssue]
     checkpoint_activations(model)
     assert torch.equal(model[0](X), 2 * X)
     keep_activations(model)
