@@ -20,7 +20,13 @@ from torch import Tensor
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
+from rightbatch.training.arithmetic import (
+    autocast_dtype,
+    gradients_on,
+    make_scaler,
+    tensor_float_32,
+)
+from rightbatch.training.arrivals import Feed
 from rightbatch.training.callbacks import Callback, Point, StepRecord
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
@@ -34,6 +40,8 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
+SETTLING = 100
+"""Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -52,6 +60,8 @@ class Training:
         horizon: The length of the whole run, for schedules that need it.
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
+        feed: Gives the windows of a stream, in place of the workload's training set, which is
+            then not read.
 
     Attributes:
         steps: Updates done.
@@ -73,6 +83,7 @@ class Training:
         horizon: Horizon | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
+        feed: Feed | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
@@ -81,11 +92,12 @@ class Training:
         self.horizon = horizon
         self.callbacks = tuple(callbacks)
         self.workers = workers
+        self.feed = feed
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._num_examples = workload.num_examples
-        self._smallest = smallest_pass(workload, self.model, recipe, device)
+        # A feed finds it out from its first example.
+        self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -121,12 +133,15 @@ class Training:
 
     def _reload(self) -> None:
         """Windows from the present place on."""
-        recipe = self.recipe
+        if self.feed is not None:
+            self._windows = self.feed.windows_for(self)
+            return
+        recipe, N = self.recipe, self.workload.num_examples
         windows = plan_windows(
-            self._num_examples,
+            N,
             seed=self.seed,
-            start=Place(*divmod(self.consumed, self._num_examples)),
-            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            start=Place(*divmod(self.consumed, N)),
+            batch_at=self.batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
             last_batch=recipe.last_batch,
             smallest=self._smallest,
         )
@@ -139,14 +154,27 @@ class Training:
             workers=self.workers,
         )
 
-    def _batch_at(self, consumed: int) -> int:
+    def batch_at(self, consumed: int) -> int:
+        """The global batch of the update that begins after so many examples.
+
+        Args:
+            consumed: Examples gone through before it.
+
+        Returns:
+            The batch.
+        """
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
         return batch_at(consumed, self.recipe.global_batch, self.recipe.batch_ramp)
 
     @property
+    def _num_examples(self) -> float:
+        """Examples of a pass; infinite in the first pass of a stream."""
+        return self.workload.num_examples if self.feed is None else self.feed.num_examples
+
+    @property
     def epochs(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set so far; 0 in the first pass of a stream."""
         return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
@@ -188,7 +216,9 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the horizon is reached; never without one."""
+        """Whether the horizon is reached, or a stream has ended; never without either."""
+        if self.feed is not None and self.feed.ended:
+            return True
         if self.horizon is None:
             return False
         return self.horizon.progress(self.steps, self._covered) >= 1
@@ -210,16 +240,18 @@ class Training:
         # The caller may have switched gradients off, as a callback of an evaluation has.
         with (
             self._random.swapped_in(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            gradients_on(),
             tensor_float_32(self.recipe.tf32),
         ):
             start = time.perf_counter()
             while self.steps < last_step and self.consumed < last_consumed:
                 if self.diverged or self.stop_requested or (self._scaled and self.finished):
                     break
-                window, batches = next(self._windows)
-                start = self._update(window, batches, start)
+                found = next(self._windows, None)
+                if found is None:  # of a stream: its pass is over, or the next example is not here
+                    self.consumed = self.feed.taken if self.feed else self.consumed
+                    break
+                start = self._update(*found, start)
         self._read_losses()
         self._tell_records()
 
@@ -264,7 +296,9 @@ class Training:
         self.steps += 1
         self.examples += window.size
         self.gained += gain * self.recipe.global_batch
-        self.consumed = window.epoch * self._num_examples + window.end
+        self.consumed = window.end
+        if window.epoch:  # 0 in a stream, whose length is infinite
+            self.consumed += window.epoch * self.workload.num_examples
         self._unread.append(result.loss)
         if len(self._unread) >= self._patience or self.first_loss is None:
             self._read_losses()
@@ -301,6 +335,8 @@ class Training:
                 continue
             if self.first_loss is None:
                 self.first_loss = loss
+            elif self.feed is not None and self.steps <= SETTLING and math.isfinite(loss):
+                self.first_loss = max(abs(self.first_loss), abs(loss))
             self._loss_sum += loss
             self._loss_count += 1
             # Not `abs(loss) > limit`, which is false of NaN.
@@ -340,6 +376,24 @@ class Training:
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
         self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    @property
+    def interval(self) -> tuple[float, int]:
+        """Sum and count of the losses since the last call of `recent_train_loss`."""
+        return self._loss_sum, self._loss_count
+
+    @interval.setter
+    def interval(self, value: tuple[float, int]) -> None:
+        self._loss_sum, self._loss_count = value
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """What dropout and the like draw from next."""
+        return self._random.states
+
+    @random_states.setter
+    def random_states(self, states: list[Tensor]) -> None:
+        self._random.states = states
 
     def evaluate(self) -> Point:
         """Evaluates on the validation set and closes the interval of the training loss.

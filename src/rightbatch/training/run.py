@@ -64,6 +64,10 @@ def train(
 ) -> Run:
     """Trains a workload as a recipe says.
 
+    A stream, of which the workload holds only the beginning, is gone through as it comes
+    (`train_stream`): in its own order, an epoch being a whole pass. A pass over an endless one
+    does not end, so that it needs `steps`.
+
     Args:
         workload: What to train.
         recipe: How.
@@ -84,6 +88,21 @@ def train(
     """
     if (epochs is None) == (steps is None):
         raise UsageError("Give either epochs or steps, and not both.")
+    if workload.train_examples.truncated:
+        from rightbatch.training.stream import train_epochs  # which imports this module
+
+        return train_epochs(
+            workload,
+            recipe,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+            device=device,
+            until_target=until_target,
+            evaluate_every=evaluate_every,
+            callbacks=callbacks,
+            workers=workers,
+        )
     N = workload.num_examples
     horizon = Horizon(steps=steps, examples=None if epochs is None else epochs * N)
     training = Training(
@@ -95,12 +114,26 @@ def train(
         callbacks=callbacks,
         workers=workers,
     )
+    return run_to_end(training, until_target=until_target, evaluate_every=evaluate_every)
+
+
+def run_to_end(training: Training, *, until_target: bool, evaluate_every: int | None) -> Run:
+    """Advances a training to its end, with evaluations on the way.
+
+    Args:
+        training: At its beginning, or somewhere on its way.
+        until_target: Stop at the first evaluation that meets the target.
+        evaluate_every: Updates between evaluations, or None: once an epoch.
+
+    Returns:
+        The finished run.
+    """
     course = _Course(training, until_target=until_target, evaluate_every=evaluate_every)
-    for callback in callbacks:
+    for callback in training.callbacks:
         callback.on_start(training)
     course.finish()
     run = course.result()
-    for callback in callbacks:
+    for callback in training.callbacks:
         callback.on_end(training, run)
     return run
 
@@ -127,9 +160,10 @@ class _Course:
     def finish(self) -> None:
         """Trains to the end, or to where the run stops for another reason."""
         while not self._over():
+            before = self._training.steps
             self._advance_to_evaluation()
-            point = self._training.evaluate()
-            self._note(point)
+            if self._training.steps > before:  # else a stream ended just where it was evaluated
+                self._note(self._training.evaluate())
 
     def _over(self) -> bool:
         training = self._training
