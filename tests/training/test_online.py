@@ -272,11 +272,14 @@ def test_without_the_test_the_updates_losses_count() -> None:
     assert tested.stats.running_metric is not None
 
 
-def test_masked_sequences_are_weighted_by_their_tokens() -> None:
+@pytest.mark.parametrize("metric", [accuracy, None])
+def test_masked_sequences_are_weighted_by_their_tokens(metric: Any) -> None:
     inputs = X[:12].reshape(3, 4, 4)
     targets = torch.tensor([[0, 1, 1, 0], [1, -100, -100, -100], [-100] * 4])
     workload = make(
-        make_model=lambda: nn.Linear(4, 2), loss=lambda o, t: F.cross_entropy(o.transpose(1, 2), t)
+        make_model=lambda: nn.Linear(4, 2),
+        loss=lambda o, t: F.cross_entropy(o.transpose(1, 2), t),
+        metric=metric,
     )
     learner = OnlineLearner(workload, recipe(1, 1e-9))
     learner.partial_fit(inputs, targets)
@@ -302,6 +305,14 @@ def test_the_running_mean_is_its_definition(values: list[float], half_life: floa
     expected = sum(w * v for w, v in zip(age, values, strict=True)) / sum(age)
     assert mean.recent == pytest.approx(expected, abs=1e-9)
     assert mean.whole == pytest.approx(sum(values) / len(values), abs=1e-9)
+
+
+def test_the_half_life_is_in_examples_whatever_the_update() -> None:
+    mean = RunningMean(6.0)
+    mean.add(8.0, 2, 3)
+    mean.add(1.0, 4, 6)
+    assert mean.recent == pytest.approx((0.5 * 8 + 1) / (0.5 * 2 + 4))
+    assert mean.whole == pytest.approx(9 / 6)
 
 
 @pytest.mark.parametrize("half_life", [0.0, -1.0, math.nan, math.inf])
@@ -478,7 +489,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
 ) -> None:
     folder = tmp_path_factory.mktemp("learner")
     workload = make(make_optimizer=torch.optim.Adam)
-    how = recipe(batch, 0.01, warmup_steps=6)
+    how = recipe(batch, 0.01, warmup_steps=6, batch_ramp=((20, batch + 2),))
     whole = OnlineLearner(workload, how, seed=5, prequential=prequential, half_life=9.0)
     whole.partial_fit(X, Y)
     learner = OnlineLearner(workload, how, seed=5, prequential=prequential, half_life=9.0)
@@ -493,17 +504,22 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     assert_same(learner.flush(), whole.flush())
 
 
-def test_half_precision_and_a_batch_that_follows_the_noise_are_resumed(tmp_path: Path) -> None:
-    how = recipe(
-        4, 0.05, micro_batch=1, precision="float16", batch_policy="follow-noise", largest_batch=8
-    )
-    inputs = X.repeat(8, 1)
-    targets = Y.repeat(8)
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": "float16"}, {"batch_policy": "follow-noise", "largest_batch": 8}],
+    ids=["half-precision", "follow-noise"],
+)
+def test_what_else_a_recipe_keeps_is_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
+    how = recipe(4, 0.05, micro_batch=1, **changes)
+    inputs = X.repeat(26, 1)
+    targets = Y.repeat(26)
     whole = OnlineLearner(make(), how).partial_fit(inputs, targets)
-    learner = OnlineLearner(make(), how).partial_fit(inputs[:301], targets[:301])
+    learner = OnlineLearner(make(), how).partial_fit(inputs[:1001], targets[:1001])
     learner.save(tmp_path)
     resumed = OnlineLearner.load(tmp_path, make(), how)
-    assert_same(resumed.partial_fit(inputs[301:], targets[301:]), whole)
+    assert_same(resumed.partial_fit(inputs[1001:], targets[1001:]), whole)
+    if how.changes_batch:  # and it did rise
+        assert whole.stats.steps < len(inputs) // 4
 
 
 @pytest.mark.parametrize(
