@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
+from rightbatch.training.arithmetic import (
+    autocast_dtype,
+    gradients_on,
+    make_scaler,
+    tensor_float_32,
+)
+from rightbatch.training.arrivals import Feed
 from rightbatch.training.callbacks import Callback, Point, StepRecord
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
@@ -47,6 +53,8 @@ _COUNTS = (
     "_loss_count",
 )
 """Numbers that a resumed run goes on counting from."""
+SETTLING = 100
+"""Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -65,6 +73,8 @@ class Training:
         horizon: The length of the whole run, for schedules that need it.
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
+        feed: Gives the windows of a stream, in place of the workload's training set, which is
+            then not read.
 
     Attributes:
         steps: Updates done.
@@ -86,6 +96,7 @@ class Training:
         horizon: Horizon | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
+        feed: Feed | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
@@ -94,11 +105,12 @@ class Training:
         self.horizon = horizon
         self.callbacks = tuple(callbacks)
         self.workers = workers
+        self.feed = feed
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._num_examples = workload.num_examples
-        self._smallest = smallest_pass(workload, self.model, recipe, device)
+        # A feed finds it out from its first example.
+        self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -115,7 +127,8 @@ class Training:
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=self._num_examples)
+        largest = self.workload.num_examples if self.feed is None else None
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=largest)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
@@ -134,12 +147,15 @@ class Training:
 
     def _reload(self) -> None:
         """Windows from the present place on."""
-        recipe = self.recipe
+        if self.feed is not None:
+            self._windows = self.feed.windows_for(self)
+            return
+        recipe, N = self.recipe, self.workload.num_examples
         windows = plan_windows(
-            self._num_examples,
+            N,
             seed=self.seed,
-            start=Place(*divmod(self.consumed, self._num_examples)),
-            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            start=Place(*divmod(self.consumed, N)),
+            batch_at=self.batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
             last_batch=recipe.last_batch,
             smallest=self._smallest,
         )
@@ -152,17 +168,32 @@ class Training:
             workers=self.workers,
         )
 
-    def _batch_at(self, consumed: int) -> int:
+    def batch_at(self, consumed: int) -> int:
+        """The global batch of the update that begins after so many examples.
+
+        Args:
+            consumed: Examples gone through before it.
+
+        Returns:
+            The batch.
+        """
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
         recipe = self.recipe
+        batch = batch_at(consumed, recipe.global_batch, recipe.batch_ramp)
+        if self.feed is not None:
+            return batch
         # Beyond the training set no batch grows, so the learning rate must not go on either.
-        largest = max(self._num_examples, recipe.global_batch)
-        return min(batch_at(consumed, recipe.global_batch, recipe.batch_ramp), largest)
+        return min(batch, max(self.workload.num_examples, recipe.global_batch))
+
+    @property
+    def _num_examples(self) -> float:
+        """Examples of a pass; infinite in the first pass of a stream."""
+        return self.workload.num_examples if self.feed is None else self.feed.num_examples
 
     @property
     def epochs(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set so far; 0 in the first pass of a stream."""
         return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
@@ -212,7 +243,9 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the horizon is reached; never without one."""
+        """Whether the horizon is reached, or a stream has ended; never without either."""
+        if self.feed is not None and self.feed.ended:
+            return True
         if self.horizon is None:
             return False
         return self.horizon.progress(self.steps, self._covered) >= 1
@@ -261,7 +294,8 @@ class Training:
     def close(self) -> None:
         """Ends the workers that fetch ahead; the training can still be looked at."""
         # Left to the garbage collector, each of them is waited for in vain for five seconds.
-        self._windows.close()
+        if isinstance(self._windows, Generator):
+            self._windows.close()
 
     def is_sound(self) -> bool:
         """Whether every weight is a finite number; a run that is not cannot be gone on with."""
@@ -287,16 +321,18 @@ class Training:
         # The caller may have switched gradients off, as a callback of an evaluation has.
         with (
             self._random.swapped_in(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            gradients_on(),
             tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
             while self.steps < last_step and self.consumed < last_consumed and start < deadline:
                 if self.diverged or self.stop_requested or (self._scaled and self.finished):
                     break
-                window, batches = next(self._windows)
-                start = self._update(window, batches, start)
+                found = next(self._windows, None)
+                if found is None:  # of a stream: its pass is over, or the next example is not here
+                    self.consumed = self.feed.taken if self.feed else self.consumed
+                    break
+                start = self._update(*found, start)
         self._read_losses()
         self._tell_records()
 
@@ -340,7 +376,9 @@ class Training:
         )
         self.steps += 1
         self.examples += window.size
-        reached = window.epoch * self._num_examples + window.end
+        reached = window.end
+        if window.epoch:  # 0 in a stream, whose length is infinite
+            reached += window.epoch * self.workload.num_examples
         share = (reached - self.consumed) / window.global_batch  # of a whole update
         self.gained += gain * share * self.recipe.global_batch
         self.consumed = reached
@@ -382,6 +420,8 @@ class Training:
                 continue
             if self.first_loss is None:
                 self.first_loss = loss
+            elif self.feed is not None and self.steps <= SETTLING and math.isfinite(loss):
+                self.first_loss = max(abs(self.first_loss), abs(loss))
             self._loss_sum += loss
             self._loss_count += 1
             # Not `abs(loss) > limit`, which is false of NaN.
@@ -421,6 +461,24 @@ class Training:
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
         self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    @property
+    def interval(self) -> tuple[float, int]:
+        """Sum and count of the losses since the last call of `recent_train_loss`."""
+        return self._loss_sum, self._loss_count
+
+    @interval.setter
+    def interval(self, value: tuple[float, int]) -> None:
+        self._loss_sum, self._loss_count = value
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """What dropout and the like draw from next."""
+        return self._random.states
+
+    @random_states.setter
+    def random_states(self, states: list[Tensor]) -> None:
+        self._random.states = states
 
     def evaluate(self) -> Point:
         """Evaluates on the validation set and closes the interval of the training loss.
