@@ -106,7 +106,7 @@ def run(
         report(f"Checking {reference}")
         workload = open_workload(reference, options["device"], threads)
         settings = _settings(recipe, place, workload, options)
-        folder = _run_directory(place, workload) if place.keep else None
+        folder = _run_directory(place, workload)
         report(f"Training {workload.name}: batch {settings['recipe'].global_batch}")
         try:
             train(
@@ -216,9 +216,12 @@ def _split_of(changes: dict[str, Any]) -> dict[str, Any]:
     return {name: changes[name] for name in names if isinstance(changes.get(name), int)}
 
 
-def _run_directory(place: RunChoice, workload: Workload) -> Path:
+def _run_directory(place: RunChoice, workload: Workload) -> Path | None:
+    """Where the run is kept; a stream's only where that was asked for, and is then refused."""
     if place.resume is not None:
         return place.resume
+    if not place.keep or (place.begin is None and workload.train_examples.truncated):
+        return None
     return place.begin or make_run_directory("runs", workload.name)
 
 
