@@ -22,6 +22,7 @@ from rightbatch.laws.linear_regression import (
 from rightbatch.laws.noise import make_gradient_sample, micro_batch_moments
 from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.training import Training, window_noise
+from rightbatch.training.state import restore_training, training_state
 from rightbatch.training.step import compute_gradients
 from rightbatch.training.window_noise import DRAWS, PAUSE, Draw, WindowNoise
 
@@ -176,7 +177,7 @@ def test_the_batch_rises_with_the_root_of_the_noise_scale(risen: Training) -> No
 
 def test_resumed_from_its_state_it_goes_on_as_it_would_have(risen: Training) -> None:
     other = Training(risen.workload, risen.recipe)
-    other.load_state_dict(risen.state_dict())
+    restore_training(other, training_state(risen))
     whole = risen.fork(risen.recipe)
     assert whole.noise is not None
     assert risen.noise is not None

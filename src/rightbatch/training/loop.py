@@ -41,18 +41,6 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
-_COUNTS = (
-    "steps",
-    "examples",
-    "seconds",
-    "consumed",
-    "gained",
-    "first_loss",
-    "diverged",
-    "_loss_sum",
-    "_loss_count",
-)
-"""Numbers that a resumed run goes on counting from."""
 SETTLING = 100
 """Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
@@ -256,38 +244,9 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides how this training goes on.
-
-        Returns:
-            A tree of plain values and tensors; the tensors are the live ones, so copy or write
-            them before the next update.
-        """
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "random": self._random.states,
-            "noise": None if self.noise is None else self.noise.state_dict(),
-            "counts": {name: getattr(self, name) for name in _COUNTS},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self._random.states = state["random"]
-        for name in _COUNTS:
-            setattr(self, name, state["counts"][name])
+    def go_on_from_here(self) -> None:
+        """The place in the data and the optimizer were set from outside (`restore_training`)."""
         self._rates.unsettle()
-        if self.noise is not None:
-            self.noise.load_state_dict(state["noise"])
         self.close()
         self._reload()
 

@@ -53,6 +53,7 @@ def restore_training(training: Training, state: dict[str, Any]) -> None:
         setattr(training, name, state["counters"][name])
     loss_sum, loss_count = state["interval"]
     training.interval = (loss_sum, loss_count)
+    training.go_on_from_here()
 
 
 def describe_run(training: Training) -> dict[str, Any]:
