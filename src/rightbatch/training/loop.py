@@ -15,20 +15,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
 from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
 from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
 from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.rank_noise import RankDraw
 from rightbatch.training.rates import Horizon, Rates, group_settings
+from rightbatch.training.replica import Replica, first_evaluation, make_replica
 from rightbatch.training.step import StepResult, optimizer_step
-from rightbatch.training.window_noise import WindowNoise
+from rightbatch.training.window_noise import Draw, WindowNoise
 from rightbatch.training.windows import Place, Window, plan_windows
 from rightbatch.workload import Workload
 
@@ -52,6 +55,7 @@ class Training:
         horizon: The length of the whole run, for schedules that need it.
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
+        ranks: The processes that train together, each with a `Training` of its own.
 
     Attributes:
         steps: Updates done.
@@ -60,7 +64,8 @@ class Training:
             Those that padding repeats are not counted, those that `drop` leaves out are.
         seconds: Wall time of the updates.
         diverged: Whether the loss left the numbers.
-        stop_requested: Set by a callback or a signal: no further update is begun.
+        stop_requested: Set by a callback or a signal: no further update is begun. Of several ranks
+            one is enough; they do one more update, in which all of them learn of it.
     """
 
     def __init__(
@@ -73,19 +78,27 @@ class Training:
         horizon: Horizon | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
         self.seed = seed
         self.device = device
         self.horizon = horizon
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks) if ranks is None or ranks.rank == 0 else ()
         self.workers = workers
+        self.ranks = ranks
+        self.replica: Replica | None = None
+        self._watched = bool(callbacks)
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
+            self._smallest = smallest_pass(workload, self.model, recipe, device)
+            if ranks is not None:
+                self.replica = make_replica(
+                    ranks, workload, recipe, self.model, seed, self._smallest
+                )
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
         self._num_examples = workload.num_examples
-        self._smallest = smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -96,7 +109,7 @@ class Training:
         self.first_loss: float | None = None
         self.gained = 0.0
         self._loss_sum, self._loss_count = 0.0, 0
-        self._random = OwnRandomState(seed, device)
+        self._random = OwnRandomState(seed if ranks is None else ranks.own_seed(seed), device)
         self._begin()
 
     def _begin(self) -> None:
@@ -133,7 +146,9 @@ class Training:
         self._windows = load_windows(
             self.workload.train_examples,
             windows,
-            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest),
+            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest)
+            if self.ranks is None
+            else self.ranks.share(recipe, self._smallest),
             seed=self.seed,
             device=self.device,
             workers=self.workers,
@@ -163,11 +178,15 @@ class Training:
         """
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.callbacks = ()
+        copied.callbacks, copied._watched = (), False
         with torch.inference_mode(False):
             copied.model, copied._forward_model = make_model(
                 self.workload, recipe, self.seed, self.device, like=self.model
             )
+            if self.ranks is not None:
+                copied.replica = make_replica(
+                    self.ranks, self.workload, recipe, copied.model, self.seed, self._smallest
+                )
             copied.optimizer = self.workload.make_optimizer(
                 copied.model.parameters(), recipe.learning_rate
             )
@@ -184,7 +203,12 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether no further update will be done."""
-        return self.diverged or self.stop_requested or self.finished
+        return self.diverged or self._stopped or self.finished
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether to stop; of several ranks, all know it in the same update."""
+        return self.stop_requested if self.replica is None else self.replica.stopped
 
     @property
     def finished(self) -> bool:
@@ -216,7 +240,7 @@ class Training:
         ):
             start = time.perf_counter()
             while self.steps < last_step and self.consumed < last_consumed:
-                if self.diverged or self.stop_requested or (self._scaled and self.finished):
+                if self.diverged or self._stopped or (self._scaled and self.finished):
                     break
                 window, batches = next(self._windows)
                 start = self._update(window, batches, start)
@@ -247,8 +271,12 @@ class Training:
                 gain=gain,
             )
         draw = None
-        if self.noise is not None and len(batches) > 1:
-            draw = self.noise.observer(self.steps, self.model)
+        if self.replica is not None:
+            self.replica.begin(window, steps=self.steps, stop=self.stop_requested)
+            if self.noise is not None:
+                draw = self.noise.observer(self.steps, self.model, RankDraw)
+        elif self.noise is not None and len(batches) > 1:
+            draw = self.noise.observer(self.steps, self.model, Draw)
         result = optimizer_step(
             self.workload,
             self._forward_model,
@@ -258,9 +286,12 @@ class Training:
             scaler=self.scaler,
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
-            want_norms=bool(self.callbacks),
+            want_norms=self._watched,
             observe=draw,
+            replica=self.replica,
         )
+        if self.replica is not None and self.replica.stopped:
+            self.stop_requested = True
         self.steps += 1
         self.examples += window.size
         self.gained += gain * self.recipe.global_batch
@@ -335,6 +366,10 @@ class Training:
         for callback in self.callbacks:
             callback.on_records(self, records)
 
+    def whole_model(self) -> nn.Module:
+        """The model with all its weights; of several ranks, to be called on all."""
+        return self.model if self.replica is None else self.replica.whole_model()
+
     def recent_train_loss(self) -> float:
         """Mean loss of the updates since the last call (NaN if there were none)."""
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
@@ -352,6 +387,8 @@ class Training:
         if examples is not None:
             with self._random.swapped_in():
                 val = evaluate(self.workload, self.model, examples, device=self.device)
+            if self.ranks is not None:
+                val = first_evaluation(val, self.ranks)
         return Point(
             step=self.steps,
             examples=self.examples,

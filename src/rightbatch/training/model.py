@@ -106,21 +106,16 @@ def checkpoint_activations(model: nn.Module) -> None:
     Args:
         model: Changed in place.
     """
-    for block in _blocks(model):
+    blocks = nested_blocks(model) or list(model.children())
+    for block in blocks:
         block.forward = partial(_recomputed, block.forward, block)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def nested_blocks(model: nn.Module) -> list[nn.Module]:
+    """The children of a model's outermost `Sequential`s and `ModuleList`s."""
     if isinstance(model, nn.Sequential | nn.ModuleList):
         return list(model)
-    found = [block for child in model.children() for block in _nested_blocks(child)]
-    return found or list(model.children())
-
-
-def _nested_blocks(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in _nested_blocks(child)]
+    return [block for child in model.children() for block in nested_blocks(child)]
 
 
 def _recomputed(forward: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

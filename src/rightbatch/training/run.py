@@ -11,6 +11,7 @@ from torch import nn
 from rightbatch.errors import UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.callbacks import Callback, Point
+from rightbatch.training.distributed import join_ranks
 from rightbatch.training.loop import Training
 from rightbatch.training.rates import Horizon
 from rightbatch.workload import Workload
@@ -64,6 +65,9 @@ def train(
 ) -> Run:
     """Trains a workload as a recipe says.
 
+    Under `torchrun`, the processes train together, each on its share of every update. All of them
+    return the same run; callbacks are called on rank 0.
+
     Args:
         workload: What to train.
         recipe: How.
@@ -86,22 +90,24 @@ def train(
         raise UsageError("Give either epochs or steps, and not both.")
     N = workload.num_examples
     horizon = Horizon(steps=steps, examples=None if epochs is None else epochs * N)
-    training = Training(
-        workload,
-        recipe,
-        seed=seed,
-        device=device,
-        horizon=horizon,
-        callbacks=callbacks,
-        workers=workers,
-    )
-    course = _Course(training, until_target=until_target, evaluate_every=evaluate_every)
-    for callback in callbacks:
-        callback.on_start(training)
-    course.finish()
-    run = course.result()
-    for callback in callbacks:
-        callback.on_end(training, run)
+    with join_ranks(recipe, device) as ranks:
+        training = Training(
+            workload,
+            recipe,
+            seed=seed,
+            device=device if ranks is None else ranks.device,
+            horizon=horizon,
+            callbacks=callbacks,
+            workers=workers,
+            ranks=ranks,
+        )
+        course = _Course(training, until_target=until_target, evaluate_every=evaluate_every)
+        for callback in training.callbacks:
+            callback.on_start(training)
+        course.finish()
+        run = course.result()
+        for callback in training.callbacks:
+            callback.on_end(training, run)
     return run
 
 
@@ -160,7 +166,7 @@ class _Course:
         last = self.history[-1] if self.history else training.evaluate()
         return Run(
             recipe=training.recipe,
-            model=training.model,
+            model=training.whole_model(),
             steps=training.steps,
             epochs=training.epochs,
             examples=training.examples,

@@ -8,9 +8,9 @@ number and no measured time, since a run must be the same run on a slower machin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ DRAWS = 16
 """Draws of one estimate: the noise scale changes slowly, and its interval must be usable."""
 _MEMORY = 0.9
 """Of the running averages of |G|² and S, from draw to draw."""
+
+
+class Observer(Protocol):
+    """Watches one update's micro-batches."""
+
+    def __call__(self, count: float) -> None:
+        """After a micro-batch's backward pass, with its examples (or tokens)."""
+
+    def moments(self) -> tuple[float, float] | None:
+        """Unbiased |G|² and S, or None with fewer than two micro-batches."""
 
 
 class WindowNoise:
@@ -50,19 +60,22 @@ class WindowNoise:
         self._running = (0.0, 0.0)
         self._num_draws = 0
 
-    def observer(self, steps: int, model: nn.Module) -> Draw | None:
+    def observer(
+        self, steps: int, model: nn.Module, kind: Callable[[Iterable[nn.Parameter]], Observer]
+    ) -> Observer | None:
         """What is to observe the coming update, where it is one that is drawn from.
 
         Args:
             steps: Updates done.
             model: Whose gradient it is.
+            kind: Makes the observer.
 
         Returns:
             The observer, or None.
         """
-        return Draw(model.parameters()) if steps % PAUSE == 0 else None
+        return kind(model.parameters()) if steps % PAUSE == 0 else None
 
-    def add(self, draw: Draw) -> bool:
+    def add(self, draw: Observer) -> bool:
         """Takes a draw in.
 
         Args:
@@ -151,7 +164,7 @@ class Draw:
         """
         summed = [p.grad for p in self._parameters if p.grad is not None]
         own = summed if self._before is None else torch._foreach_sub(summed, self._before)
-        self._squares.append(_squared_norm(own) / count**2)
+        self._squares.append(squared_norm(own) / count**2)
         self._counts.append(count)
         self._before = [gradient.clone() for gradient in summed]
 
@@ -160,13 +173,14 @@ class Draw:
         if len(self._counts) < 2 or self._before is None:
             return None
         squares = torch.stack(self._squares).double().cpu().numpy()
-        whole = float(_squared_norm(self._before)) / sum(self._counts) ** 2
+        whole = float(squared_norm(self._before)) / sum(self._counts) ** 2
         sample = GradientSample(
             sizes=np.array(self._counts), gram=np.diag(squares), mean_norm_squared=whole
         )
         return micro_batch_moments(sample)
 
 
-def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of some tensors together, a scalar tensor."""
     norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
     return norms.square().sum()
