@@ -76,13 +76,27 @@ class Ranks:
         self.rank = rank
         self.size = size
         self.device = device
-        self.data = data
-        self.control = control
+        self._groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = (data, control)
         self.step = 0
         self.micro_batch = 0
         self._board = Board(store, rank, size)
         self._own = own
         self._shared: Exception | None = None
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """The group over which gradients are summed."""
+        return self._open()[0]
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """The group over which decisions are made, on the processor."""
+        return self._open()[1]
+
+    def _open(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        if self._groups is None:
+            raise UsageError("The ranks have parted. Call join_ranks again.")
+        return self._groups
 
     def share(self, recipe: Recipe, smallest: int) -> Share:
         """This rank's part of each update.
@@ -254,7 +268,8 @@ class Ranks:
         self.close()
 
     def close(self) -> None:
-        """Closes this rank's connections."""
+        """Closes this rank's connections; the others see it at once."""
+        self._groups = None  # a group that is referred to stays open
         if self._own and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -78,6 +78,7 @@ class GradientSum:
             self._send_next()
         for bucket in self._buckets:
             bucket.work.wait()
+            bucket.work = None
         self.used = [p in self._arrived for p in self.parameters]
         self._next = 0
         self._arrived.clear()

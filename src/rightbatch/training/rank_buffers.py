@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rightbatch.training.distributed import Ranks
 
@@ -25,34 +26,33 @@ class SharedBuffers:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self._ranks = ranks
-        # Where they are, and not which: a module may put a new tensor in the place.
-        self._places = [
-            (module._buffers, name)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        self._modules = [module for module in model.modules() if module._buffers]
         self._known = self._versions()
 
     def changed(self) -> list[float]:
-        """Of each buffer: 1 if it changed on this rank since `take_over`, else 0."""
+        """Of each module with buffers: 1 if they changed on this rank since `take_over`, else 0."""
+        now = self._versions()
         return [
-            float(buffer is not old or version != old_version)
-            for (buffer, version), (old, old_version) in zip(
-                self._versions(), self._known, strict=True
+            float(
+                # torch's normalisation writes running statistics without counting a version.
+                isinstance(module, _NormBase)
+                or any(a is not b or v != w for (a, v), (b, w) in zip(new, old, strict=True))
             )
+            for module, new, old in zip(self._modules, now, self._known, strict=True)
         ]
 
     def take_over(self, changed: Sequence[float]) -> None:
         """Takes rank 0's values of what changed.
 
         Args:
-            changed: Of each buffer: on how many ranks it changed.
+            changed: Of each module with buffers: on how many ranks they changed.
         """
         kinds: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for (buffer, _), number in zip(self._versions(), changed, strict=True):
-            if number and buffer is not None:
-                kinds[buffer.dtype].append(buffer)
+        for module, number in zip(self._modules, changed, strict=True):
+            if number:
+                for buffer in module._buffers.values():
+                    if buffer is not None:
+                        kinds[buffer.dtype].append(buffer)
         if not kinds:
             return
         with torch.no_grad():
@@ -64,6 +64,9 @@ class SharedBuffers:
                     buffer.copy_(part.view_as(buffer))
         self._known = self._versions()
 
-    def _versions(self) -> list[tuple[Tensor | None, int]]:
-        held = [places[name] for places, name in self._places]
-        return [(buffer, -1 if buffer is None else buffer._version) for buffer in held]
+    def _versions(self) -> list[list[tuple[Tensor | None, int]]]:
+        # A module may put a new tensor in a buffer's place.
+        return [
+            [(b, -1 if b is None else b._version) for b in module._buffers.values()]
+            for module in self._modules
+        ]

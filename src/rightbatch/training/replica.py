@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from rightbatch.errors import WorkloadError
 from rightbatch.recipe import Recipe, Reduction
 from rightbatch.store import hash_tensors
 from rightbatch.training.distributed import Ranks
@@ -76,7 +77,11 @@ def make_replica(
 
     Returns:
         The part.
+
+    Raises:
+        WorkloadError: If a layer of the model waits for the other ranks by itself.
     """
+    _refuse_waiting_layers(model)
     ranks.micro_batch = recipe.micro_batch
     task = {"workload": workload.name, "num_examples": workload.num_examples, "seed": seed}
     ranks.agree(task, "Start all processes with the same program and arguments.")
@@ -90,6 +95,16 @@ def make_replica(
     from rightbatch.training.sharded import Sharded
 
     return Sharded(ranks, workload, recipe, model, seed=seed, smallest=smallest)
+
+
+def _refuse_waiting_layers(model: nn.Module) -> None:
+    name = next((n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)), None)
+    if name is not None:
+        raise WorkloadError(
+            f"Layer {name!r} is a SyncBatchNorm, which waits for every rank in each forward pass; "
+            "ranks with shares of unequal size do not have the same number of them. Use "
+            "BatchNorm, each rank's on its own micro-batches, or GroupNorm."
+        )
 
 
 def first_evaluation(evaluation: Evaluation, ranks: Ranks) -> Evaluation:

@@ -214,7 +214,8 @@ class Sharded:
         Returns:
             The norms, the same on all ranks.
         """
-        squares = torch.stack([g.float().square().sum() for g in gradients])
+        kind = torch.promote_types(gradients[0].dtype, torch.float32)
+        squares = torch.stack([g.to(kind).square().sum() for g in gradients])
         self._ranks.add_up(squares).wait()
         return list(squares.sqrt().unbind())
 
@@ -270,8 +271,8 @@ def _shard(model: nn.Module, ranks: Ranks) -> FSDPModule:
 
 
 def _separate_blocks(model: nn.Module) -> list[nn.Module]:
-    """Blocks that share no parameter with anything else; shared ones must stay in one group."""
-    blocks = [block for block in nested_blocks(model) if block is not model]
+    """Blocks of several layers that share no parameter: shared ones must stay in one group."""
+    blocks = [block for block in nested_blocks(model) if [*block.children()]]
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return [
         block
