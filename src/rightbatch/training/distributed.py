@@ -10,7 +10,7 @@ all ranks decide alike in the same update; gradients travel between devices (NCC
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -130,9 +130,26 @@ class Ranks:
         Returns:
             Their sums.
         """
+        return self.begin_total(values)()
+
+    def begin_total(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begins to sum over all ranks.
+
+        Args:
+            values: This rank's numbers, as many as the other ranks give.
+
+        Returns:
+            What waits for the sums, and returns them.
+        """
         message = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(message, group=self.control)
-        return message.tolist()
+        work = dist.all_reduce(message, group=self.control, async_op=True)
+        assert work is not None  # this process is in the group
+
+        def wait() -> list[float]:
+            work.wait()
+            return message.tolist()
+
+        return wait
 
     def of_first(self, values: Sequence[float]) -> list[float]:
         """Rank 0's numbers: unequal devices round differently, and all must decide alike.

@@ -69,19 +69,22 @@ class GradientSum:
         self._armed = True
 
     def finish(self) -> None:
-        """Sends what was not sent, and waits; `.grad` then holds sums.
-
-        Parameters that no rank has used hold zeros: see `forget`.
-        """
+        """Sends what was not sent."""
         self._armed = False
         while self._next < len(self._buckets):
             self._send_next()
-        for bucket in self._buckets:
-            bucket.work.wait()
-            bucket.work = None
         self.used = [p in self._arrived for p in self.parameters]
         self._next = 0
         self._arrived.clear()
+
+    def wait(self) -> None:
+        """Waits for the other ranks; `.grad` then holds sums.
+
+        Parameters that no rank has used hold zeros: see `forget`.
+        """
+        for bucket in self._buckets:
+            bucket.work.wait()
+            bucket.work = None
 
     def forget(self, used: Iterable[float]) -> None:
         """Takes the zeros away from parameters that no rank used, as a single process has it.

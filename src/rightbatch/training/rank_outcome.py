@@ -7,7 +7,7 @@ All ranks read the same sums, so that they decide alike in the same update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Outcome:
         error: Why this rank has failed, as it has posted already; or None.
         stop: Whether this rank wants to stop.
         extra: Further numbers to be summed.
+        meanwhile: Done while the message is on its way.
 
     Attributes:
         count: Examples (or tokens) of all ranks.
@@ -70,13 +71,16 @@ class Outcome:
         error: Exception | None,
         stop: bool,
         extra: Sequence[float] = (),
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         # Losses on a GPU stay there until several are read together.
         here = ranks.data is ranks.control
         loss_sum = own.loss_sum("cpu" if here else ranks.device)
         told = loss_sum.item() if here and error is None else 0.0
         message = [float(error is not None), float(stop), own.count, told, *extra]
-        failed, stopped, self.count, summed, *self.extra = ranks.total(message)
+        totals = ranks.begin_total(message)
+        meanwhile()
+        failed, stopped, self.count, summed, *self.extra = totals()
         if failed:
             raise ranks.verdict() from error
         self.stopped = stopped > 0

@@ -130,6 +130,7 @@ class Replicated:
             error=error,
             stop=self._stop,
             extra=[weighted, groups, *used, *changed],
+            meanwhile=self._sum.wait,
         )
         self.stopped = outcome.stopped
         weighted, groups, *rest = outcome.extra
