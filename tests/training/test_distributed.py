@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 
 from rightbatch import Recipe, Workload, train
 from rightbatch.errors import RecipeError, ReplicaOutOfMemoryError
-from rightbatch.training import Training
+from rightbatch.training import Training, saving
 from rightbatch.training.callbacks import Callback, Point
 from rightbatch.training.distributed import join_ranks
 
@@ -69,7 +71,9 @@ class Pair:
 
         def read(rank: int) -> None:
             with contextlib.suppress(EOFError):
-                answers[rank] = cloudpickle.load(self.processes[rank].stdout)
+                stream = self.processes[rank].stdout
+                assert stream is not None
+                answers[rank] = cloudpickle.load(stream)
 
         readers = [threading.Thread(target=read, args=(r,), daemon=True) for r in range(2)]
         end = time.monotonic() + LIMIT_SECONDS
@@ -86,7 +90,8 @@ class Pair:
         """What the call returned on each rank."""
         answers = self.answers(call)
         for answer in answers:
-            assert answer is not None and answer[0] == "returned", answer[-1]
+            assert answer is not None, answers
+            assert answer[0] == "returned", answer[-1]
         return [answer[1] for answer in answers]
 
     def both_raise(self, call: Callable[[], Any]) -> tuple[str, str]:
@@ -95,6 +100,10 @@ class Pair:
         assert first[0] == second[0] == "raised", (first, second)
         assert first[1:3] == second[1:3], (first, second)
         return first[1], first[2]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
 
     def stop(self) -> None:
         for process in self.processes:
@@ -107,10 +116,19 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    both = Pair()
-    yield both
-    both.stop()
+def pairs() -> Iterator[list[Pair]]:
+    held: list[Pair] = []
+    yield held
+    for both in held:
+        both.stop()
+
+
+@pytest.fixture
+def pair(pairs: list[Pair]) -> Pair:
+    """The same one for all tests, unless a test has broken it."""
+    if not pairs or not pairs[-1].alive:
+        pairs.append(Pair())
+    return pairs[-1]
 
 
 # ------------------------------------------------------------------------- two ranks, one process
@@ -238,7 +256,8 @@ def training(
     workload: Workload, recipe: Recipe, callbacks: Any = (), **options: Any
 ) -> Iterator[Training]:
     with join_ranks(recipe, **options) as ranks:
-        yield Training(workload, recipe, seed=3, ranks=ranks, callbacks=callbacks)
+        device = options.get("device", "cpu")
+        yield Training(workload, recipe, seed=3, ranks=ranks, callbacks=callbacks, device=device)
 
 
 def test_each_example_is_seen_by_one_rank(pair: Pair) -> None:
@@ -253,7 +272,7 @@ def test_each_example_is_seen_by_one_rank(pair: Pair) -> None:
             return model(batch[0]).square().sum(), len(batch[1])
 
         workload = make(loss=None, compute_loss=compute_loss, train_data=data, val_data=None)
-        train(workload, recipe, epochs=2)
+        train(workload, recipe, epochs=2, preflight=False)
         return found
 
     first, second = pair.both(seen)
@@ -330,7 +349,7 @@ def test_callbacks_are_called_on_rank_0_and_may_stop_the_run(pair: Pair) -> None
         return watcher.calls, run.steps, run.history
 
     first, second = pair.both(call)
-    assert (first[0], second[0]) == (3, 0)
+    assert (first[0], second[0]) == (2, 0)
     assert first[1:] == second[1:]
     assert first[1] == 13
 
@@ -559,7 +578,7 @@ def fail_on(
             return loss, len(batch[1])
 
         workload = make(loss=None, compute_loss=compute_loss, val_data=None)
-        return train(workload, recipe, steps=20).steps
+        return train(workload, recipe, steps=20, preflight=False).steps
 
     return call
 
@@ -622,22 +641,26 @@ def test_a_failure_between_updates_is_one_verdict_too(pair: Pair) -> None:
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_is_named_by_the_others(killed: int) -> None:
+    check_killed(killed, 4)
+
+
+def check_killed(killed: int, step: int) -> None:
     both = Pair()
     try:
 
         def die() -> BaseException:
             os.kill(os.getpid(), signal.SIGKILL)
-            return RuntimeError
+            return RuntimeError()
 
         start = time.monotonic()
-        answers = both.answers(fail_on(killed, 4, die, two()))
+        answers = both.answers(fail_on(killed, step, die, two()))
         assert time.monotonic() - start < LIMIT_SECONDS
     finally:
         both.stop()
     assert answers[killed] is None
     raised, kind, message, _ = answers[1 - killed]
     assert (raised, kind) == ("raised", "ReplicaVanishedError")
-    assert message.startswith(f"Rank {killed} vanished after update 3 without a word")
+    assert message.startswith(f"Rank {killed} vanished after update {step - 1} without a word")
 
 
 def test_ranks_that_were_given_different_things_say_so(pair: Pair) -> None:
@@ -783,3 +806,203 @@ def test_a_failing_rank_of_shards_is_one_verdict() -> None:
     assert answers[1] is None
     assert answers[0][:2] == ("raised", "ReplicaOutOfMemoryError")
     assert "Rank 1 ran out of memory after update 2" in answers[0][2]
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def droppy() -> Workload:
+    """What a checkpoint must hold of every rank: dropout, buffers, Adam's moments."""
+    return make(
+        make_model=lambda: nn.Sequential(
+            nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3)),
+            nn.Linear(6, 2),
+        ),
+        make_optimizer=lambda p, lr: torch.optim.Adam(p, lr=lr),
+    )  # fmt: skip
+
+
+class StopsAt(Callback):
+    """Asks rank 0 to stop after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, training: Training) -> None:
+        training.stop_requested = training.steps >= self.step
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_a_resumed_run_on_ranks_has_the_same_bits(
+    pair: Pair, sharding: Any, tmp_path: Path
+) -> None:
+    recipe = two(9, replica_batches=(6, 3), learning_rate=0.01, sharding=sharding)
+    options: dict[str, Any] = {"epochs": 4, "seed": 3, "preflight": False}
+
+    def whole() -> tuple[Tensor, list[Point]]:
+        run = train(droppy(), recipe, **options)
+        return weights(run.model), run.history
+
+    def begun() -> tuple[str, int, str]:
+        run = train(droppy(), recipe, callbacks=[StopsAt(8)], run_directory=tmp_path, **options)
+        return run.state, run.steps, str(run.checkpoint)
+
+    def resumed() -> tuple[Tensor, list[Point]]:
+        run = train(droppy(), recipe, run_directory=tmp_path, resume=True, **options)
+        return weights(run.model), run.history
+
+    expected = pair.both(whole)
+    first, second = pair.both(begun)
+    assert first == second
+    assert first[:2] == ("stopped", 9)  # the ninth is the update in which all learn of it
+    actual = pair.both(resumed)
+    for rank in range(2):
+        assert torch.equal(actual[rank][0], expected[rank][0])
+        assert actual[rank][1] == expected[rank][1]
+
+
+def test_a_checkpoint_by_the_clock_is_of_one_step(pair: Pair, tmp_path: Path) -> None:
+    """Clocks of ranks differ; they save together, where the first of them finds it is time."""
+
+    def call() -> tuple[str, int, Tensor]:
+        running: Any = importlib.import_module("rightbatch.training.run")
+        saver = saving.Saver
+        seconds = 0.05 if rank_here() else 0.5
+        running.Saver = partial(saver, seconds_between=seconds)
+        try:
+            run = train(make(), two(), steps=400, seed=3, run_directory=tmp_path / "run")
+        finally:
+            running.Saver = saver
+        return str(run.checkpoint), run.steps, weights(run.model)
+
+    first, second = pair.both(call)
+    assert first[:2] == second[:2]
+    assert first[0].endswith("step-000000000400.checkpoint")
+    alone = train(make(), two(), steps=400, seed=3)
+    torch.testing.assert_close(first[2], weights(alone.model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_of_another_run_is_refused_by_all(pair: Pair, tmp_path: Path) -> None:
+    def call() -> int:
+        return train(make(), two(), steps=3, run_directory=tmp_path).steps
+
+    assert pair.both(call) == [3, 3]
+    kind, message = pair.both_raise(call)
+    assert kind == "UsageError"
+    assert "already holds checkpoints" in message
+
+
+# --------------------------------------------------------------------------------------- torchrun
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from torch import nn
+from torch.nn import functional as F
+from rightbatch import Recipe, Workload, train
+
+X = torch.randn(48, 5, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long()
+calls = 0
+
+def loss(model, batch):
+    global calls
+    calls += 1
+    if calls == 5 and os.environ["RANK"] == "1":
+        if sys.argv[1] == "memory":
+            raise MemoryError
+        if sys.argv[1] == "signal":
+            os.kill(os.getppid(), signal.SIGTERM)
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum"), len(batch[1])
+
+workload = Workload(
+    name="toy", make_model=lambda: nn.Linear(5, 2), train_data=(X, Y), compute_loss=loss
+)
+recipe = Recipe(global_batch=8, replicas=2, learning_rate=0.1)
+run = train(workload, recipe, steps=5000 if sys.argv[1] == "signal" else 12, seed=3,
+            run_directory=sys.argv[2], resume=sys.argv[1] == "resume")
+print(f"done {run.steps} {run.train_loss!r}", flush=True)
+"""
+
+
+def torchrun(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "2", str(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        check=False,
+    )
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "plain", str(tmp_path / "run"))
+    assert ended.returncode == 0, ended.stderr
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("done")]
+    assert len(lines) == 2
+    assert len(set(lines)) == 1
+    assert lines[0].startswith("done 12 ")
+
+
+def test_torchrun_with_a_rank_out_of_memory(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "memory", str(tmp_path / "run"))
+    assert ended.returncode == 1
+    assert "ReplicaOutOfMemoryError: Rank 1 ran out of memory after update 4" in ended.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_that_is_terminated_saves_and_goes_on(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "signal", str(tmp_path / "run"))
+    assert ended.returncode != 0
+    saved = [*(tmp_path / "run" / "checkpoints").glob("step-*.checkpoint")]
+    assert saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_verdicts_in_many_places(pair: Pair, block: int) -> None:
+    """T13 and T17: a rank without numbers, or out of memory, at a drawn update."""
+    for number in range(4 * block, 4 * block + 4):
+        draw = random.Random(number)
+        failing, step = draw.randrange(2), draw.randint(1, 20)
+        micro = draw.choice([1, 2, 4])
+        passes = 4 // micro
+        print(f"case {number}: rank {failing}, pass {step}, micro-batches of {micro}")
+        error = draw.choice([MemoryError, torch.OutOfMemoryError])
+        kind, message = pair.both_raise(
+            fail_on(failing, step, lambda e=error: e("CUDA out of memory."), two(micro_batch=micro))
+        )
+        assert kind == "ReplicaOutOfMemoryError"
+        assert f"Rank {failing} ran out of memory after update {(step - 1) // passes}" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(20))
+def test_killed_in_many_places(case: int) -> None:
+    draw = random.Random(case)
+    killed, step = draw.randrange(2), draw.randint(1, 15)
+    check_killed(killed, step)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_two_ranks_on_one_gpu(pair: Pair, sharding: Any) -> None:
+    """Over gloo, since NCCL refuses two ranks on one device."""
+    recipe = two(9, replica_batches=(6, 3), micro_batch=2, sharding=sharding)
+
+    def call() -> tuple[Tensor, int]:
+        with training(shardable(), recipe, device="cuda:0", backend="gloo") as run:
+            run.advance(40)
+            return weights(run.whole_model()).cpu(), run.steps
+
+    alone = Training(shardable(), recipe, seed=3, device="cuda:0")
+    alone.advance(40)
+    first, second = pair.both(call)
+    assert torch.equal(first[0], second[0])
+    torch.testing.assert_close(first[0], weights(alone.model).cpu(), rtol=1e-10, atol=1e-12)

@@ -203,53 +203,16 @@ def micro_batch_moments(sample: GradientSample) -> tuple[float, float]:
     Raises:
         ValueError: If there are fewer than two micro-batches (or two examples).
     """
+    mean_squared = _mean_norm_squared(sample)
     if sample.squared_sums is not None:
-        total, draws = float(np.sum(sample.squared_sums)), sample.num_examples
+        total, freedom = float(np.sum(sample.squared_sums)), sample.num_examples - 1
     else:
-        total, draws = float(np.sum(sample.sizes * np.diagonal(sample.gram))), len(sample.sizes)
-    return summed_moments(
-        total,
-        num_draws=draws,
-        num_examples=sample.num_examples,
-        mean_norm_squared=_mean_norm_squared(sample),
-        sampling_factor=sample.sampling_factor,
-    )
-
-
-def summed_moments(
-    weighted_squares: float,
-    *,
-    num_draws: int,
-    num_examples: float,
-    mean_norm_squared: float,
-    sampling_factor: float | None = None,
-) -> tuple[float, float]:
-    """Unbiased |G|² and S from sums over micro-batches: all that several ranks need to exchange.
-
-    S = (Σ_k b_k|g_k|² − n|ḡ|²)/(K − 1),  |G|² = |ḡ|² − S·f
-
-    Args:
-        weighted_squares: Σ_k b_k|g_k|² over the micro-batches.
-        num_draws: K, the micro-batches.
-        num_examples: n = Σ_k b_k.
-        mean_norm_squared: |ḡ|².
-        sampling_factor: f with var(ḡ) = S·f. Default: 1/n.
-
-    Returns:
-        |G|² and S.
-
-    Raises:
-        ValueError: If there are fewer than two micro-batches.
-
-    Example:
-        >>> summed_moments(10.0, num_draws=2, num_examples=2, mean_norm_squared=4.0)
-        (3.0, 2.0)
-    """
-    if num_draws < 2:
+        total = float(np.sum(sample.sizes * np.diagonal(sample.gram)))
+        freedom = len(sample.sizes) - 1
+    if freedom < 1:
         raise ValueError("One gradient says nothing about noise; give at least two.")
-    factor = 1 / num_examples if sampling_factor is None else sampling_factor
-    trace = max(weighted_squares - num_examples * mean_norm_squared, 0.0) / (num_draws - 1)
-    return mean_norm_squared - trace * factor, trace
+    trace = max(total - sample.num_examples * mean_squared, 0.0) / freedom
+    return mean_squared - trace * sample.sampling_factor, trace
 
 
 def _mean_norm_squared(sample: GradientSample) -> float:

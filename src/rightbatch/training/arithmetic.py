@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.amp.grad_scaler import GradScaler
@@ -34,21 +35,42 @@ def make_scaler(precision: Precision, device: str | torch.device) -> GradScaler 
 
 
 @contextmanager
-def tensor_float_32(allowed: bool) -> Iterator[None]:
-    """Allows TensorFloat-32 products within a block; a flag of the process, put back at its end.
+def tensor_float_32(allowed: bool, device: str | torch.device) -> Iterator[None]:
+    """Allows TensorFloat-32 products and convolutions within a block, or forbids them.
+
+    These are flags of the process, and its own settings come back at the end: a recipe gives the
+    same arithmetic whatever they were (torch allows it in convolutions and not in products).
 
     Args:
-        allowed: False leaves the process's setting as it is.
+        allowed: Whether they may be used.
+        device: Where a training runs; only CUDA has them.
 
     Yields:
         Nothing.
     """
-    if not allowed:
+    if torch.device(device).type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    cudnn: Any = torch.backends.cudnn
+    newer = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    before = [backend.fp32_precision for backend in newer]
+    older = _older_flags()
+    # The older functions keep the newer ones in step, and what compiles reads the older ones.
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            torch.backends.cudnn.allow_tf32 = older[1]
+        for backend, precision in zip(newer, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _older_flags() -> tuple[str, bool] | None:
+    """What the older functions say; None where the newer were used, when they refuse to."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None

@@ -9,6 +9,7 @@ all ranks decide alike in the same update; gradients travel between devices (NCC
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,19 @@ class Ranks:
         dist.all_gather_object(gathered, value, group=self.control)
         return gathered
 
+    def object_of_first(self, value: Any) -> Any:
+        """Rank 0's object.
+
+        Args:
+            value: On rank 0, what is sent to the others; it must survive pickling.
+
+        Returns:
+            What rank 0 gave.
+        """
+        sent = [value]
+        dist.broadcast_object_list(sent, 0, group=self.control)
+        return sent[0]
+
     def add_up(self, tensor: Tensor) -> dist.Work:
         """Begins to sum a tensor over all ranks, in place.
 
@@ -280,9 +294,18 @@ class Ranks:
         return self._board.post(lost)
 
     def leave(self) -> None:
-        """Waits until all ranks are done, and parts."""
-        self.total([0.0])
+        """Waits until all ranks are done, and parts.
+
+        One that a signal has ended meanwhile is not missed: this one has nothing left to do.
+        """
+        with contextlib.suppress(RuntimeError):
+            self.total([0.0])
+            self.close()
+            return
+        found = self._board.wait(GRACE_SECONDS)
         self.close()
+        if found is not None and found.type_name not in ("KeyboardInterrupt", "SystemExit"):
+            raise self.raised_by_all(found.as_error())
 
     def close(self) -> None:
         """Closes this rank's connections; the others see it at once."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
@@ -31,12 +32,24 @@ from rightbatch.training.rank_noise import RankDraw
 from rightbatch.training.rates import Horizon, Rates, group_settings
 from rightbatch.training.replica import Replica, first_evaluation, make_replica
 from rightbatch.training.step import StepResult, optimizer_step
-from rightbatch.training.window_noise import Draw, WindowNoise
+from rightbatch.training.window_noise import WindowNoise
 from rightbatch.training.windows import Place, Window, plan_windows
 from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
+_COUNTS = (
+    "steps",
+    "examples",
+    "seconds",
+    "consumed",
+    "gained",
+    "first_loss",
+    "diverged",
+    "_loss_sum",
+    "_loss_count",
+)
+"""Numbers that a resumed run goes on counting from."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -115,7 +128,7 @@ class Training:
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon)
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=self._num_examples)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
@@ -157,7 +170,10 @@ class Training:
     def _batch_at(self, consumed: int) -> int:
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
-        return batch_at(consumed, self.recipe.global_batch, self.recipe.batch_ramp)
+        recipe = self.recipe
+        # Beyond the training set no batch grows, so the learning rate must not go on either.
+        largest = max(self._num_examples, recipe.global_batch)
+        return min(batch_at(consumed, recipe.global_batch, recipe.batch_ramp), largest)
 
     @property
     def epochs(self) -> float:
@@ -175,7 +191,15 @@ class Training:
 
         Returns:
             The copy.
+
+        Raises:
+            RecipeError: If BatchNorm in groups would have to become BatchNorm over whole batches.
         """
+        if self.recipe.ghost_batch is not None and recipe.ghost_batch is None:
+            raise RecipeError(
+                f"The run has ghost_batch {self.recipe.ghost_batch}, and a fork's recipe None. "
+                "Give it one: the largest batch normalises whole batches."
+            )
         copied = copy.copy(self)
         copied.recipe = recipe
         copied.callbacks, copied._watched = (), False
@@ -223,12 +247,79 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def advance(self, num_steps: int | None = None, *, to_epoch: int | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how this training goes on; of several ranks, to be called on all.
+
+        Returns:
+            A tree of plain values and tensors; the tensors are the live ones, so copy or write
+            them before the next update.
+        """
+        replica = self.replica
+        return {
+            **(
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "random": self._random.states,
+                }
+                if replica is None
+                else replica.whole_state(self.optimizer, self._random.states)
+            ),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "noise": None if self.noise is None else self.noise.state_dict(),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        if self.replica is None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._random.states = state["random"]
+        else:
+            self._random.states = self.replica.load_whole_state(state, self.optimizer)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        for name in _COUNTS:
+            setattr(self, name, state["counts"][name])
+        self._rates.unsettle()
+        if self.noise is not None:
+            self.noise.load_state_dict(state["noise"])
+        self.close()
+        self._reload()
+
+    def close(self) -> None:
+        """Ends the workers that fetch ahead; the training can still be looked at."""
+        # Left to the garbage collector, each of them is waited for in vain for five seconds.
+        self._windows.close()
+
+    def is_sound(self) -> bool:
+        """Whether every weight is a finite number; a run that is not cannot be gone on with."""
+        weights = [p.detach() for p in self.model.parameters()]
+        if self.replica is not None:
+            weights = self.replica.local(weights)
+        finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
+        if self.ranks is not None:
+            finite = not self.ranks.total([float(not finite)])[0]
+        return finite and not self.diverged
+
+    def advance(
+        self,
+        num_steps: int | None = None,
+        *,
+        to_epoch: int | None = None,
+        deadline: float = math.inf,
+    ) -> None:
         """Does some updates; stops early at the horizon, or when the loss leaves the numbers.
 
         Args:
             num_steps: Updates to do; None: no limit but the others.
             to_epoch: Stop when so many epochs are done.
+            deadline: Stop after the update in which `time.perf_counter` passes this.
         """
         last_step, last_consumed = self._limits(num_steps, to_epoch)
         # The caller may have switched gradients off, as a callback of an evaluation has.
@@ -236,14 +327,19 @@ class Training:
             self._random.swapped_in(),
             torch.inference_mode(False),
             torch.enable_grad(),
-            tensor_float_32(self.recipe.tf32),
+            tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
+            alone, self._deadline = self.replica is None, deadline
             while self.steps < last_step and self.consumed < last_consumed:
+                if start >= deadline and alone:
+                    break
                 if self.diverged or self._stopped or (self._scaled and self.finished):
                     break
                 window, batches = next(self._windows)
                 start = self._update(window, batches, start)
+                if self.replica is not None and self.replica.paused:
+                    break
         self._read_losses()
         self._tell_records()
 
@@ -272,11 +368,12 @@ class Training:
             )
         draw = None
         if self.replica is not None:
-            self.replica.begin(window, steps=self.steps, stop=self.stop_requested)
+            pause = start >= self._deadline
+            self.replica.begin(window, steps=self.steps, stop=self.stop_requested, pause=pause)
             if self.noise is not None:
-                draw = self.noise.observer(self.steps, self.model, RankDraw)
+                draw = self.noise.observer(self.steps, self.optimizer, RankDraw)
         elif self.noise is not None and len(batches) > 1:
-            draw = self.noise.observer(self.steps, self.model, Draw)
+            draw = self.noise.observer(self.steps, self.optimizer)
         result = optimizer_step(
             self.workload,
             self._forward_model,
@@ -294,14 +391,18 @@ class Training:
             self.stop_requested = True
         self.steps += 1
         self.examples += window.size
-        self.gained += gain * self.recipe.global_batch
-        self.consumed = window.epoch * self._num_examples + window.end
+        reached = window.epoch * self._num_examples + window.end
+        share = (reached - self.consumed) / window.global_batch  # of a whole update
+        self.gained += gain * share * self.recipe.global_batch
+        self.consumed = reached
         self._unread.append(result.loss)
         if len(self._unread) >= self._patience or self.first_loss is None:
             self._read_losses()
-        # What workers fetched ahead was for the old batch.
-        if draw is not None and self.noise is not None and self.noise.add(draw) and self.workers:
-            self._reload()
+        if draw is not None and self.noise is not None:
+            changed = self.noise.add(draw, window.size)
+            if changed and self.workers:  # what they fetched ahead was for the old batch
+                self.close()
+                self._reload()
         now = time.perf_counter()
         self.seconds += now - start
         if self.callbacks:

@@ -1,6 +1,6 @@
 """What ranks tell each other in every update, besides gradients: one small message.
 
-    failed · wants to stop · count · loss sum · whatever else is to be summed
+    failed · wants to stop · wants to pause · count · loss sum · whatever else is to be summed
 
 All ranks read the same sums, so that they decide alike in the same update.
 """
@@ -50,6 +50,7 @@ class Outcome:
         own: This rank's passes.
         error: Why this rank has failed, as it has posted already; or None.
         stop: Whether this rank wants to stop.
+        pause: Whether it wants to do something between updates.
         extra: Further numbers to be summed.
         meanwhile: Done while the message is on its way.
 
@@ -57,6 +58,7 @@ class Outcome:
         count: Examples (or tokens) of all ranks.
         mean_loss: Over them; None where none had anything to count.
         stopped: Whether some rank wants to stop.
+        paused: Whether some rank wants to pause.
         extra: The sums of the further numbers.
 
     Raises:
@@ -70,6 +72,7 @@ class Outcome:
         *,
         error: Exception | None,
         stop: bool,
+        pause: bool,
         extra: Sequence[float] = (),
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
@@ -77,13 +80,13 @@ class Outcome:
         here = ranks.data is ranks.control
         loss_sum = own.loss_sum("cpu" if here else ranks.device)
         told = loss_sum.item() if here and error is None else 0.0
-        message = [float(error is not None), float(stop), own.count, told, *extra]
-        totals = ranks.begin_total(message)
+        flags = [float(error is not None), float(stop), float(pause)]
+        totals = ranks.begin_total([*flags, own.count, told, *extra])
         meanwhile()
-        failed, stopped, self.count, summed, *self.extra = totals()
+        failed, stopped, paused, self.count, summed, *self.extra = totals()
         if failed:
             raise ranks.verdict() from error
-        self.stopped = stopped > 0
+        self.stopped, self.paused = stopped > 0, paused > 0
         self.mean_loss: Tensor | None = None
         if self.count:
             if here:

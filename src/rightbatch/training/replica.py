@@ -25,12 +25,14 @@ class Replica(Protocol):
 
     Attributes:
         stopped: Whether some rank wanted to stop, as all of them know since the last update.
+        paused: Whether some rank wanted to do something between updates, likewise.
     """
 
     stopped: bool
+    paused: bool
 
-    def begin(self, window: Window, *, steps: int, stop: bool) -> None:
-        """Before an update; `stop` if this rank wants it to be the last."""
+    def begin(self, window: Window, *, steps: int, stop: bool, pause: bool) -> None:
+        """Before an update: whether this rank wants it to be the last, or a pause after it."""
 
     def gradients(
         self,
@@ -57,6 +59,16 @@ class Replica(Protocol):
         """The model as a single process would hold it."""
         ...
 
+    def whole_state(self, optimizer: torch.optim.Optimizer, random: list[Tensor]) -> dict[str, Any]:
+        """Model, optimizer and the random states of all ranks, for a checkpoint of rank 0."""
+        ...
+
+    def load_whole_state(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> list[Tensor]:
+        """Puts model and optimizer where `whole_state` was; returns this rank's random states."""
+        ...
+
     def close(self) -> None:
         """Leaves the model alone from now on."""
 
@@ -79,9 +91,9 @@ def make_replica(
         The part.
 
     Raises:
-        WorkloadError: If a layer of the model waits for the other ranks by itself.
+        WorkloadError: If a layer of the model would wait for other ranks in vain.
     """
-    _refuse_waiting_layers(model)
+    _check_waiting_layers(model, recipe)
     ranks.micro_batch = recipe.micro_batch
     task = {"workload": workload.name, "num_examples": workload.num_examples, "seed": seed}
     ranks.agree(task, "Start all processes with the same program and arguments.")
@@ -97,13 +109,15 @@ def make_replica(
     return Sharded(ranks, workload, recipe, model, seed=seed, smallest=smallest)
 
 
-def _refuse_waiting_layers(model: nn.Module) -> None:
+def _check_waiting_layers(model: nn.Module, recipe: Recipe) -> None:
+    """SyncBatchNorm waits for all ranks in every pass: all must have as many, in every update."""
     name = next((n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)), None)
-    if name is not None:
+    one_each = recipe.accumulation == 1 and not recipe.changes_batch
+    if name is not None and not (one_each and recipe.last_batch in ("drop", "pad")):
         raise WorkloadError(
-            f"Layer {name!r} is a SyncBatchNorm, which waits for every rank in each forward pass; "
-            "ranks with shares of unequal size do not have the same number of them. Use "
-            "BatchNorm, each rank's on its own micro-batches, or GroupNorm."
+            f"Layer {name!r} is a SyncBatchNorm, which waits for every rank in each forward pass, "
+            "and ranks would not have the same number of them. Use accumulation=1 with "
+            "last_batch='drop', or GroupNorm."
         )
 
 

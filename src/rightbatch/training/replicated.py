@@ -6,6 +6,7 @@ each of them has: shares of unequal size, padding alone, or nothing.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -36,26 +37,32 @@ class Replicated:
 
     Attributes:
         stopped: Whether some rank wanted to stop.
+        paused: Whether some rank wanted to do something between updates.
     """
 
     def __init__(self, ranks: Ranks, model: nn.Module) -> None:
-        self.stopped = False
+        self.stopped = self.paused = False
         self._ranks = ranks
         self._model = model
         self._sum = GradientSum(model.parameters(), ranks.add_up)
         self._buffers = SharedBuffers(model, ranks)
-        self._stop = False
+        self._stop = self._pause = False
+        self._unit = 1.0
 
-    def begin(self, window: Window, *, steps: int, stop: bool) -> None:
+    def begin(self, window: Window, *, steps: int, stop: bool, pause: bool) -> None:
         """Before an update.
 
         Args:
             window: What it sees.
             steps: Updates done.
             stop: Whether this rank wants it to be the last.
+            pause: Whether this rank wants to do something after it.
         """
         self._ranks.step = steps
-        self._stop = stop
+        # In half precision a sum leaves the numbers where a mean does not. All ranks must divide
+        # by the same, which they know before they count; a power of two does not round.
+        self._unit = 2.0 ** round(math.log2(window.size))
+        self._stop, self._pause = stop, pause
 
     def gradients(
         self,
@@ -84,6 +91,8 @@ class Replicated:
         """
         self._sum.clear()
         self._sum.look = None if observe is None else observe.look
+        unit = 1.0 if scaler is None else self._unit
+        factor = (1.0 if scaler is None else scaler.get_scale()) / unit
         own = OwnPasses()
         error: Exception | None = None
         try:
@@ -95,16 +104,26 @@ class Replicated:
                     continue
                 if last:
                     self._sum.arm()
-                scaled(loss_sum, scaler).backward()
+                scaled(loss_sum if unit == 1 else loss_sum / unit, scaler).backward()
                 own.add(loss_sum, float(count), last=last)
                 if observe is not None and not last:
-                    observe(float(count))
+                    observe(float(count), factor)
         except Exception as raised:
             error = raised
             self._give_up(raised)
         # A rank that failed takes part as well, so that the others learn of it at once.
         self._sum.finish()
-        return self._conclude(own, error, reduction, observe)
+        outcome = self._exchange(own, error, observe)
+        if outcome.mean_loss is None:
+            return None
+        if observe is not None:
+            square = self._ranks.of_first([squared_norm(self._sum.sums).item()])[0]
+            weighted, groups = outcome.extra[:2]
+            observe.conclude(weighted / factor**2, groups, outcome.count, square / factor**2)
+        divisor = (outcome.count if reduction == "mean" else 1.0) / unit
+        if divisor != 1:
+            self._sum.divide(divisor)
+        return outcome.mean_loss
 
     def _give_up(self, error: Exception) -> None:
         self._ranks.post(error)
@@ -112,39 +131,26 @@ class Replicated:
         if is_out_of_memory(error):  # what the failed pass held is let go
             traceback.clear_frames(error.__traceback__)
 
-    def _conclude(
-        self,
-        own: OwnPasses,
-        error: Exception | None,
-        reduction: Reduction,
-        observe: RankDraw | None,
-    ) -> Tensor | None:
-        """What all ranks make of the update, once their gradients are summed."""
-        if observe is not None:
-            observe.end(own.last_count)
-        weighted, groups = (0.0, 0.0) if observe is None else observe.sums
+    def _exchange(
+        self, own: OwnPasses, error: Exception | None, observe: RankDraw | None
+    ) -> Outcome:
+        """What all ranks make of the update, while their gradients are being summed."""
+        weighted, groups = (0.0, 0.0) if observe is None else observe.sums(own.last_count)
         used, changed = map(float, self._sum.used), self._buffers.changed()
         outcome = Outcome(
             self._ranks,
             own,
             error=error,
             stop=self._stop,
+            pause=self._pause,
             extra=[weighted, groups, *used, *changed],
             meanwhile=self._sum.wait,
         )
-        self.stopped = outcome.stopped
-        weighted, groups, *rest = outcome.extra
-        num_parameters = len(self._sum.parameters)
+        self.stopped, self.paused = outcome.stopped, outcome.paused
+        rest, num_parameters = outcome.extra[2:], len(self._sum.parameters)
         self._sum.forget(rest[:num_parameters])
         self._buffers.take_over(rest[num_parameters:])
-        if outcome.mean_loss is None:
-            return None
-        if observe is not None:
-            square = self._ranks.of_first([squared_norm(self._sum.sums).item()])[0]
-            observe.conclude(weighted, groups, count=outcome.count, summed_norm_squared=square)
-        if reduction == "mean":
-            self._sum.divide(outcome.count)
-        return outcome.mean_loss
+        return outcome
 
     def local(self, gradients: list[Tensor]) -> list[Tensor]:
         """The gradients, all of which this rank holds.
@@ -175,6 +181,38 @@ class Replicated:
             The same one.
         """
         return self._model
+
+    def whole_state(self, optimizer: torch.optim.Optimizer, random: list[Tensor]) -> dict[str, Any]:
+        """What a checkpoint holds of model, optimizer and random numbers.
+
+        Args:
+            optimizer: Of the model.
+            random: This rank's states.
+
+        Returns:
+            The state; of the random numbers that of all ranks.
+        """
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": self._ranks.gather(random),
+        }
+
+    def load_whole_state(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> list[Tensor]:
+        """Goes on from a `whole_state`.
+
+        Args:
+            state: What it returned on rank 0.
+            optimizer: Of the model.
+
+        Returns:
+            This rank's random states.
+        """
+        self._model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["random"][self._ranks.rank]
 
     def close(self) -> None:
         """Leaves the model alone from now on."""

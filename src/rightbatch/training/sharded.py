@@ -15,6 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,7 +31,6 @@ from rightbatch.errors import RecipeError
 from rightbatch.recipe import Recipe, Reduction
 from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import to_device
-from rightbatch.training.model import nested_blocks
 from rightbatch.training.random_state import drawing_from
 from rightbatch.training.rank_buffers import SharedBuffers
 from rightbatch.training.rank_noise import RankDraw
@@ -48,6 +53,7 @@ class Sharded:
 
     Attributes:
         stopped: Whether some rank wanted to stop.
+        paused: Whether some rank wanted to do something between updates.
 
     Raises:
         RecipeError: If the recipe asks for what shards cannot do.
@@ -64,7 +70,7 @@ class Sharded:
         smallest: int,
     ) -> None:
         _check(recipe)
-        self.stopped = False
+        self.stopped = self.paused = False
         self._ranks = ranks
         self._workload = workload
         self._share = ranks.share(recipe, smallest)
@@ -76,19 +82,20 @@ class Sharded:
         self._outputs: list[Tensor] = []
         self._hook = model.register_forward_hook(self._keep_outputs)
         self._window: Window | None = None
-        self._stop = False
+        self._stop = self._pause = False
 
-    def begin(self, window: Window, *, steps: int, stop: bool) -> None:
+    def begin(self, window: Window, *, steps: int, stop: bool, pause: bool) -> None:
         """Before an update.
 
         Args:
             window: What it sees.
             steps: Updates done.
             stop: Whether this rank wants it to be the last.
+            pause: Whether this rank wants to do something after it.
         """
         self._window = window
         self._ranks.step = steps
-        self._stop = stop
+        self._stop, self._pause = stop, pause
 
     def gradients(
         self,
@@ -121,21 +128,26 @@ class Sharded:
             last = number == passes
             self._fsdp.set_requires_gradient_sync(last)
             self._fsdp.set_is_last_backward(last)
-            if number <= len(batches):
-                loss_sum, count = self._forward(workload, model, batches[number - 1], autocast)
-            else:
+            if number > len(batches):
                 with self._without_a_trace():
-                    loss_sum, _ = self._forward(workload, model, self._stand_in(), autocast)
-                count = 0
+                    self._forward(workload, model, self._stand_in(), autocast)
+                    self._backward_of_nothing()
+                continue
+            loss_sum, count = self._forward(workload, model, batches[number - 1], autocast)
             if count > 0:
                 scaled(loss_sum, scaler).backward()
                 own.add(loss_sum, float(count), last=last)
             else:
                 self._backward_of_nothing()
         outcome = Outcome(
-            self._ranks, own, error=None, stop=self._stop, extra=self._buffers.changed()
+            self._ranks,
+            own,
+            error=None,
+            stop=self._stop,
+            pause=self._pause,
+            extra=self._buffers.changed(),
         )
-        self.stopped = outcome.stopped
+        self.stopped, self.paused = outcome.stopped, outcome.paused
         self._buffers.take_over(outcome.extra)
         if outcome.mean_loss is not None and reduction == "mean":
             gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -225,16 +237,52 @@ class Sharded:
         Returns:
             A new one, on every rank.
         """
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        state = get_model_state_dict(self._model, options=StateDictOptions(full_state_dict=True))
+        state = get_model_state_dict(self._model, options=_whole())
         model = self._workload.build_model(self._seed)
         model.load_state_dict(cast(dict[str, Any], state))
         return model
 
+    def whole_state(self, optimizer: torch.optim.Optimizer, random: list[Tensor]) -> dict[str, Any]:
+        """What a checkpoint holds of model, optimizer and random numbers.
+
+        Args:
+            optimizer: Of the model.
+            random: This rank's states.
+
+        Returns:
+            On rank 0 the whole state, in the processor's memory; on the others not all of it.
+        """
+        model, moments = get_state_dict(self._model, optimizer, options=_whole(offload=True))
+        return {"model": model, "optimizer": moments, "random": self._ranks.gather(random)}
+
+    def load_whole_state(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer
+    ) -> list[Tensor]:
+        """Goes on from a `whole_state`.
+
+        Args:
+            state: What it returned on rank 0.
+            optimizer: Of the model.
+
+        Returns:
+            This rank's random states.
+        """
+        set_state_dict(
+            self._model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_whole(),
+        )
+        return state["random"][self._ranks.rank]
+
     def close(self) -> None:
         """Leaves the model alone from now on."""
         self._hook.remove()
+
+
+def _whole(*, offload: bool = False) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=offload)
 
 
 def _check(recipe: Recipe) -> None:
@@ -265,17 +313,25 @@ def _shard(model: nn.Module, ranks: Ranks) -> FSDPModule:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     root = cast(FSDPModule, model)
-    # Ranks may use different parameters, as a mixture of experts does.
-    root.set_reduce_scatter_unused_params(True)
+    if hasattr(root, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
+        # Ranks may use different parameters, as a mixture of experts does.
+        root.set_reduce_scatter_unused_params(True)
     return root
 
 
 def _separate_blocks(model: nn.Module) -> list[nn.Module]:
     """Blocks of several layers that share no parameter: shared ones must stay in one group."""
-    blocks = [block for block in nested_blocks(model) if [*block.children()]]
+    blocks = [block for block in _nested_blocks(model) if [*block.children()]]
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     return [
         block
         for block in dict.fromkeys(blocks)
         if [*block.parameters()] and all(owners[id(p)] == 1 for p in block.parameters())
     ]
+
+
+def _nested_blocks(model: nn.Module) -> list[nn.Module]:
+    """The children of a model's outermost `Sequential`s and `ModuleList`s."""
+    if isinstance(model, nn.Sequential | nn.ModuleList):
+        return list(model)
+    return [block for child in model.children() for block in _nested_blocks(child)]

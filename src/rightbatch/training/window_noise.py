@@ -8,16 +8,16 @@ number and no measured time, since a run must be the same run on a slower machin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rightbatch.laws.noise import GradientSample, NoiseEstimate, micro_batch_moments
-from rightbatch.laws.noise_sums import NoiseSums
+from rightbatch.laws.noise import NoiseEstimate
+from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.laws.schedule import follow_noise_scale
 
 PAUSE = 8
@@ -31,11 +31,11 @@ _MEMORY = 0.9
 class Observer(Protocol):
     """Watches one update's micro-batches."""
 
-    def __call__(self, count: float) -> None:
-        """After a micro-batch's backward pass, with its examples (or tokens)."""
+    def __call__(self, count: float, factor: float = 1.0) -> None:
+        """After a micro-batch's backward pass: its examples (or tokens), and `.grad`'s factor."""
 
-    def moments(self) -> tuple[float, float] | None:
-        """Unbiased |G|² and S, or None with fewer than two micro-batches."""
+    def moments(self, num_examples: int) -> tuple[float, float] | None:
+        """Unbiased |G|² and S in examples, or None where there is no telling."""
 
 
 class WindowNoise:
@@ -61,30 +61,36 @@ class WindowNoise:
         self._num_draws = 0
 
     def observer(
-        self, steps: int, model: nn.Module, kind: Callable[[Iterable[nn.Parameter]], Observer]
+        self,
+        steps: int,
+        optimizer: torch.optim.Optimizer,
+        kind: Callable[[Iterable[nn.Parameter]], Observer] | None = None,
     ) -> Observer | None:
         """What is to observe the coming update, where it is one that is drawn from.
 
         Args:
             steps: Updates done.
-            model: Whose gradient it is.
-            kind: Makes the observer.
+            optimizer: Of whose parameters the gradient is.
+            kind: Makes the observer. Default: of this process's micro-batches.
 
         Returns:
             The observer, or None.
         """
-        return kind(model.parameters()) if steps % PAUSE == 0 else None
+        if steps % PAUSE:
+            return None
+        return (kind or Draw)(p for group in optimizer.param_groups for p in group["params"])
 
-    def add(self, draw: Observer) -> bool:
+    def add(self, draw: Observer, num_examples: int) -> bool:
         """Takes a draw in.
 
         Args:
             draw: What observed an update.
+            num_examples: Examples that it saw: their number need not be what losses count.
 
         Returns:
             Whether the batch changes with the next update.
         """
-        moments = draw.moments()
+        moments = draw.moments(num_examples)
         if moments is None:
             return False
         self._num_draws += 1
@@ -147,40 +153,65 @@ class Draw:
     """Observes one update: the squared norm of each micro-batch's own mean gradient.
 
     Args:
-        parameters: Of the model; `.grad` holds the sum so far when it is called.
+        parameters: What is trained; `.grad` holds the sum so far when it is called.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._before: list[Tensor] | None = None
+        self._before: list[Tensor] = []
+        self._seen: list[int] = []
+        self._factor = 1.0
         self._counts: list[float] = []
         self._squares: list[Tensor] = []
 
-    def __call__(self, count: float) -> None:
+    def __call__(self, count: float, factor: float = 1.0) -> None:
         """After a micro-batch's backward pass.
 
         Args:
             count: Examples (or tokens) of it.
+            factor: What `.grad` is multiplied by, the same for the whole update.
         """
-        summed = [p.grad for p in self._parameters if p.grad is not None]
-        own = summed if self._before is None else torch._foreach_sub(summed, self._before)
-        self._squares.append(squared_norm(own) / count**2)
+        held = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
+        seen, summed = [i for i, _ in held], [gradient for _, gradient in held]
+        before = self._before if seen == self._seen else self._before_of(seen, summed)
+        own = torch._foreach_sub(summed, before) if before else summed
+        self._squares.append(squared_norm(own) / (count * factor) ** 2)
         self._counts.append(count)
+        self._seen, self._factor = seen, factor
         self._before = [gradient.clone() for gradient in summed]
 
-    def moments(self) -> tuple[float, float] | None:
-        """Unbiased |G|² and S, or None with fewer than two micro-batches."""
-        if len(self._counts) < 2 or self._before is None:
+    def _before_of(self, seen: list[int], summed: list[Tensor]) -> list[Tensor]:
+        """The sums before; of parameters that this micro-batch was the first to use, zeros."""
+        if not self._before:
+            return []
+        known = dict(zip(self._seen, self._before, strict=True))
+        return [
+            known[i] if i in known else torch.zeros_like(gradient)
+            for i, gradient in zip(seen, summed, strict=True)
+        ]
+
+    def moments(self, num_examples: int) -> tuple[float, float] | None:
+        """Unbiased |G|² and S, in examples also where losses count tokens.
+
+        Args:
+            num_examples: Examples of the update.
+
+        Returns:
+            Both, or None with fewer than two micro-batches or where a gradient was no number, as
+            in half precision happens.
+        """
+        if len(self._counts) < 2:
             return None
-        squares = torch.stack(self._squares).double().cpu().numpy()
-        whole = float(squared_norm(self._before)) / sum(self._counts) ** 2
-        sample = GradientSample(
-            sizes=np.array(self._counts), gram=np.diag(squares), mean_norm_squared=whole
-        )
-        return micro_batch_moments(sample)
+        total = sum(self._counts)
+        squares: list[float] = torch.stack(self._squares).tolist()
+        whole = float(squared_norm(self._before)) / (total * self._factor) ** 2
+        if not math.isfinite(sum(squares) + whole):
+            return None
+        sizes = [count * num_examples / total for count in self._counts]
+        return group_moments(sizes, squares, whole)
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The squared norm of some tensors together, a scalar tensor."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
-    return norms.square().sum()
+    # In double: the noise is a small difference of these where the gradient is large.
+    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
