@@ -305,7 +305,7 @@ def test_one_update_in_24_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     whole = window_noise.WindowNoise.observer
 
-    def watched(self: WindowNoise, steps: int, optimizer: Any) -> Draw | None:
+    def watched(self: WindowNoise, steps: int, optimizer: Any) -> Any:
         found = whole(self, steps, optimizer)
         looked.extend([steps] if found else [])
         return found

@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
@@ -29,11 +29,14 @@ from rightbatch.training.arithmetic import (
 )
 from rightbatch.training.arrivals import Feed
 from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
 from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.rank_noise import RankDraw
 from rightbatch.training.rates import Horizon, Rates, group_settings
+from rightbatch.training.replica import Replica, first_evaluation, make_replica
 from rightbatch.training.step import StepResult, optimizer_step
 from rightbatch.training.window_noise import WindowNoise
 from rightbatch.training.windows import Place, Window, plan_windows
@@ -63,6 +66,7 @@ class Training:
         workers: Processes that fetch examples ahead.
         feed: Gives the windows of a stream, in place of the workload's training set, which is
             then not read.
+        ranks: The processes that train together, each with a `Training` of its own.
 
     Attributes:
         steps: Updates done.
@@ -71,7 +75,8 @@ class Training:
             Those that padding repeats are not counted, those that `drop` leaves out are.
         seconds: Wall time of the updates.
         diverged: Whether the loss left the numbers.
-        stop_requested: Set by a callback or a signal: no further update is begun.
+        stop_requested: Set by a callback or a signal: no further update is begun. Of several ranks
+            one is enough; they do one more update, in which all of them learn of it.
     """
 
     def __init__(
@@ -85,20 +90,28 @@ class Training:
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
         feed: Feed | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
         self.seed = seed
         self.device = device
         self.horizon = horizon
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks) if ranks is None or ranks.rank == 0 else ()
         self.workers = workers
         self.feed = feed
+        self.ranks = ranks
+        self.replica: Replica | None = None
+        self._watched = bool(callbacks)
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
+            # A feed finds it out from its first example.
+            self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
+            if ranks is not None:
+                self.replica = make_replica(
+                    ranks, workload, recipe, self.model, seed, self._smallest
+                )
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        # A feed finds it out from its first example.
-        self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -109,7 +122,7 @@ class Training:
         self.first_loss: float | None = None
         self.gained = 0.0
         self._loss_sum, self._loss_count = 0.0, 0
-        self._random = OwnRandomState(seed, device)
+        self._random = OwnRandomState(seed if ranks is None else ranks.own_seed(seed), device)
         self._begin()
 
     def _begin(self) -> None:
@@ -150,7 +163,9 @@ class Training:
         self._windows = load_windows(
             self.workload.train_examples,
             windows,
-            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest),
+            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest)
+            if self.ranks is None
+            else self.ranks.share(recipe, self._smallest),
             seed=self.seed,
             device=self.device,
             workers=self.workers,
@@ -206,11 +221,15 @@ class Training:
             )
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.callbacks = ()
+        copied.callbacks, copied._watched = (), False
         with torch.inference_mode(False):
             copied.model, copied._forward_model = make_model(
                 self.workload, recipe, self.seed, self.device, like=self.model
             )
+            if self.ranks is not None:
+                copied.replica = make_replica(
+                    self.ranks, self.workload, recipe, copied.model, self.seed, self._smallest
+                )
             copied.optimizer = self.workload.make_optimizer(
                 copied.model.parameters(), recipe.learning_rate
             )
@@ -227,7 +246,12 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether no further update will be done."""
-        return self.diverged or self.stop_requested or self.finished
+        return self.diverged or self._stopped or self.finished
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether to stop; of several ranks, all know it in the same update."""
+        return self.stop_requested if self.replica is None else self.replica.stopped
 
     @property
     def finished(self) -> bool:
@@ -259,8 +283,12 @@ class Training:
     def is_sound(self) -> bool:
         """Whether every weight is a finite number; a run that is not cannot be gone on with."""
         weights = [p.detach() for p in self.model.parameters()]
-        finite = torch.stack([torch.isfinite(w).all() for w in weights])
-        return not self.diverged and bool(finite.all())
+        if self.replica is not None:
+            weights = self.replica.local(weights)
+        finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
+        if self.ranks is not None:
+            finite = not self.ranks.total([float(not finite)])[0]
+        return finite and not self.diverged
 
     def advance(
         self,
@@ -284,14 +312,19 @@ class Training:
             tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
-            while self.steps < last_step and self.consumed < last_consumed and start < deadline:
-                if self.diverged or self.stop_requested or (self._scaled and self.finished):
+            alone, self._deadline = self.replica is None, deadline
+            while self.steps < last_step and self.consumed < last_consumed:
+                if start >= deadline and alone:
+                    break
+                if self.diverged or self._stopped or (self._scaled and self.finished):
                     break
                 found = next(self._windows, None)
                 if found is None:  # of a stream: its pass is over, or the next example is not here
                     self.consumed = self.feed.taken if self.feed else self.consumed
                     break
                 start = self._update(*found, start)
+                if self.replica is not None and self.replica.paused:
+                    break
         self._read_losses()
         self._tell_records()
 
@@ -319,7 +352,12 @@ class Training:
                 gain=gain,
             )
         draw = None
-        if self.noise is not None and len(batches) > 1:
+        if self.replica is not None:
+            pause = start >= self._deadline
+            self.replica.begin(window, steps=self.steps, stop=self.stop_requested, pause=pause)
+            if self.noise is not None:
+                draw = self.noise.observer(self.steps, self.optimizer, RankDraw)
+        elif self.noise is not None and len(batches) > 1:
             draw = self.noise.observer(self.steps, self.optimizer)
         result = optimizer_step(
             self.workload,
@@ -330,9 +368,12 @@ class Training:
             scaler=self.scaler,
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
-            want_norms=bool(self.callbacks),
+            want_norms=self._watched,
             observe=draw,
+            replica=self.replica,
         )
+        if self.replica is not None and self.replica.stopped:
+            self.stop_requested = True
         self.steps += 1
         self.examples += window.size
         reached = window.end
@@ -415,6 +456,10 @@ class Training:
         for callback in self.callbacks:
             callback.on_records(self, records)
 
+    def whole_model(self) -> nn.Module:
+        """The model with all its weights; of several ranks, to be called on all."""
+        return self.model if self.replica is None else self.replica.whole_model()
+
     def recent_train_loss(self) -> float:
         """Mean loss of the updates since the last call (NaN if there were none)."""
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
@@ -450,6 +495,8 @@ class Training:
         if examples is not None:
             with self._random.swapped_in():
                 val = evaluate(self.workload, self.model, examples, device=self.device)
+            if self.ranks is not None:
+                val = first_evaluation(val, self.ranks)
         return Point(
             step=self.steps,
             examples=self.examples,

@@ -15,6 +15,7 @@ from torch import nn
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.callbacks import Callback, Point
+from rightbatch.training.distributed import join_ranks
 from rightbatch.training.interrupt import StopOnSignal
 from rightbatch.training.loop import Training
 from rightbatch.training.preflight import check_accumulation
@@ -93,6 +94,9 @@ def train(
     (`train_stream`): in its own order, an epoch being a whole pass. A pass over an endless one
     does not end, so that it needs `steps`.
 
+    Under `torchrun` the processes train together, each on its share of every update, and all of
+    them return the same run. Rank 0 calls the callbacks and writes the checkpoints.
+
     Args:
         workload: What to train.
         recipe: How.
@@ -157,26 +161,33 @@ def train(
     saver = None
     if run_directory is not None:
         saver = Saver(run_directory, settings, steps_between=checkpoint_every)
-        if not resume:
-            saver.refuse_another_run()
-    if preflight and not resume:
-        _warn_of_the_split(workload, recipe, seed=seed, device=device)
-    training = Training(
-        workload,
-        recipe,
-        seed=seed,
-        device=device,
-        horizon=settings.horizon,
-        callbacks=callbacks,
-        workers=workers,
-    )
-    return run_to_end(
-        training,
-        until_target=until_target,
-        evaluate_every=evaluate_every,
-        saver=saver,
-        resume=resume,
-    )
+    with join_ranks(recipe, device) as ranks:
+        if ranks is not None:
+            device = ranks.device
+            kept = {"kept": saver is not None, "every": checkpoint_every, "resume": resume}
+            ranks.agree({**asdict(settings), **kept}, "Start all with the same arguments.")
+        if not resume and (ranks is None or ranks.rank == 0):
+            if saver is not None:
+                saver.refuse_another_run()
+            if preflight:
+                _warn_of_the_split(workload, recipe, seed=seed, device=device)
+        training = Training(
+            workload,
+            recipe,
+            seed=seed,
+            device=device,
+            horizon=settings.horizon,
+            callbacks=callbacks,
+            workers=workers,
+            ranks=ranks,
+        )
+        return run_to_end(
+            training,
+            until_target=until_target,
+            evaluate_every=evaluate_every,
+            saver=saver,
+            resume=resume,
+        )
 
 
 def _warn_of_the_split(workload: Workload, recipe: Recipe, *, seed: int, device: str) -> None:
@@ -265,6 +276,8 @@ class _Course:
                     callback.on_end(training, run)
         finally:
             training.close()
+            if training.replica is not None:
+                training.replica.close()
         return run
 
     def _finish(self) -> None:
@@ -274,7 +287,7 @@ class _Course:
             self._advance()
             if self._training.steps > before and self._evaluation_is_due():
                 self._evaluate()
-            if self._saver is not None and self._saver.due(self._training.steps):
+            if self._saver is not None and self._saver.due(self._training):
                 self._saver.save(self._training, self._state())
 
     def _over(self) -> bool:
@@ -337,7 +350,7 @@ class _Course:
         last = self._history[-1] if self._history else training.evaluate()
         return Run(
             recipe=training.recipe,
-            model=training.model,
+            model=training.whole_model(),
             steps=training.steps,
             epochs=training.epochs,
             examples=training.examples,

@@ -13,7 +13,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from rightbatch.errors import CorruptStateError, UsageError
 from rightbatch.recipe import Recipe
-from rightbatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from rightbatch.training.checkpoint import (
+    LoadedCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rightbatch.training.distributed import Ranks
 from rightbatch.training.rates import Horizon
 from rightbatch.training.state import (
     check_same_run,
@@ -176,11 +182,12 @@ class Saver:
         """The time (of `time.perf_counter`) at which it is to be saved next."""
         return self._saved_at + self._seconds_between
 
-    def due(self, steps: int) -> bool:
-        """Whether it is time to save."""
-        between = self._steps_between
+    def due(self, training: Training) -> bool:
+        """Whether it is time to save; of several ranks, they save together."""
+        between, steps, replica = self._steps_between, training.steps, training.replica
         regular = between is not None and steps % between == 0 and steps != self._saved_steps
-        return regular or time.perf_counter() >= self.deadline
+        late = time.perf_counter() >= self.deadline if replica is None else replica.paused
+        return regular or late
 
     def save(self, training: Training, course: dict[str, Any]) -> None:
         """Writes a checkpoint, unless this very step was saved, or is not worth going on from.
@@ -198,8 +205,16 @@ class Saver:
             "run": describe_run(training),
             "training": training_state(training),
         }
-        self.latest = save_checkpoint(self.folder, state, steps=training.steps)
+        if training.ranks is None:
+            self.latest = save_checkpoint(self.folder, state, steps=training.steps)
+        else:
+            self.latest = self._save_for_all(training.ranks, state, training.steps)
         self._saved_steps, self._saved_at = training.steps, time.perf_counter()
+
+    def _save_for_all(self, ranks: Ranks, state: dict[str, Any], steps: int) -> Path:
+        path = save_checkpoint(self.folder, state, steps=steps) if ranks.rank == 0 else None
+        # The others wait here until it is written.
+        return ranks.object_of_first(path)
 
     def restore(self, training: Training) -> dict[str, Any] | None:
         """Puts a fresh training where the newest checkpoint is.
@@ -214,7 +229,7 @@ class Saver:
             UsageError: If the checkpoint is of a run with other settings, or of another model.
             CorruptStateError: If none can be used.
         """
-        loaded = load_checkpoint(self.folder)
+        loaded = self._load(training.ranks)
         if loaded is None:
             return None
         for reason in loaded.skipped:
@@ -225,6 +240,12 @@ class Saver:
         restore_training(training, loaded.state["training"])
         self.latest, self._saved_steps = loaded.path, loaded.steps
         return loaded.state["course"]
+
+    def _load(self, ranks: Ranks | None) -> LoadedCheckpoint | None:
+        """The newest checkpoint; rank 0 reads it for all, who may not see the same disk."""
+        if ranks is None:
+            return load_checkpoint(self.folder)
+        return ranks.object_of_first(load_checkpoint(self.folder) if ranks.rank == 0 else None)
 
     def _check_settings(self, saved: RunSettings, path: Path) -> None:
         ours, theirs = asdict(self.settings), asdict(saved)

@@ -18,18 +18,24 @@ def training_state(training: Training) -> dict[str, Any]:
     """Everything that the next update depends on, beside workload, recipe and seed.
 
     Args:
-        training: Between two advances.
+        training: Between two advances. Of several ranks, all must call this.
 
     Returns:
         A tree for `save_checkpoint`. Tensors share the training's memory.
     """
-    noise, scaler = training.noise, training.scaler
+    noise, scaler, replica = training.noise, training.scaler, training.replica
+    if replica is None:
+        own = {
+            "model": training.model.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "random": training.random_states,
+        }
+    else:
+        own = replica.whole_state(training.optimizer, training.random_states)
     return {
-        "model": training.model.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
+        **own,
         "scaler": None if scaler is None else scaler.state_dict(),
         "noise": None if noise is None else noise.state_dict(),
-        "random": training.random_states,
         "counters": {name: getattr(training, name) for name in _COUNTERS},
         "interval": list(training.interval),
     }
@@ -42,13 +48,16 @@ def restore_training(training: Training, state: dict[str, Any]) -> None:
         training: Freshly made; changed in place.
         state: What `training_state` gave.
     """
-    training.model.load_state_dict(state["model"])
-    training.optimizer.load_state_dict(state["optimizer"])
+    if training.replica is None:
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.random_states = state["random"]
+    else:
+        training.random_states = training.replica.load_whole_state(state, training.optimizer)
     if training.scaler is not None:
         training.scaler.load_state_dict(state["scaler"])
     if training.noise is not None:
         training.noise.load_state_dict(state["noise"])
-    training.random_states = state["random"]
     for name in _COUNTERS:
         setattr(training, name, state["counters"][name])
     loss_sum, loss_count = state["interval"]
