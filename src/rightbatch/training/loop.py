@@ -8,7 +8,6 @@ recipe, the seed and the horizon, not on how it was cut into pieces.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -21,10 +20,17 @@ from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
 from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
-from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.callbacks import Callback, Point, StepRecords
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
+from rightbatch.training.norms import (
+    Measured,
+    gradients_of,
+    norms_of_kept,
+    norms_of_parts,
+    parameters_to_keep,
+)
 from rightbatch.training.random_state import OwnRandomState
 from rightbatch.training.rates import Horizon, Rates, group_settings
 from rightbatch.training.step import StepResult, optimizer_step
@@ -108,7 +114,10 @@ class Training:
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
         self._losses: list[float | None] = []
-        self._unrecorded: list[tuple[tuple[Any, ...], list[Tensor] | float | None]] = []
+        self._unrecorded: list[tuple[int, int, int, int, float, float, Measured]] = []
+        self._want_norms = any(callback.needs_gradient_norm for callback in self.callbacks)
+        keep = self._want_norms and self.recipe.clip_norm is None and self.scaler is None
+        self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
         self._reload()
 
     def _make_noise(self) -> WindowNoise | None:
@@ -258,7 +267,7 @@ class Training:
             scaler=self.scaler,
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
-            want_norms=bool(self.callbacks),
+            want_norms=self._want_norms and not self._measured_later,
             observe=draw,
         )
         self.steps += 1
@@ -310,12 +319,15 @@ class Training:
     def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
         for callback in self.callbacks:
             callback.on_step(self)
-        norms = result.gradient_norms
-        if self._patience == 1 and norms is not None:  # many small tensors are dear to keep
-            norms = math.hypot(*[norm.item() for norm in norms])
+        measured: Measured = result.gradient_norms
+        if self._measured_later:
+            measured = gradients_of(self._measured_later)
+        elif measured and self._patience == 1:  # many small tensors are dear to keep
+            measured = math.hypot(*[norm.item() for norm in measured])
         rate = self.optimizer.param_groups[0]["lr"]
-        position = (self.steps, self.consumed, self.examples, window.size, rate, seconds)
-        self._unrecorded.append((position, norms))
+        self._unrecorded.append(
+            (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)
+        )
         if len(self._unrecorded) >= _RECORDS:
             self._tell_records()
 
@@ -326,12 +338,11 @@ class Training:
         self._read_losses()
         unrecorded, self._unrecorded = self._unrecorded, []
         losses, self._losses = self._losses, []
-        whole_norms = _whole_norms([norms for _, norms in unrecorded])
-        records: list[StepRecord] = []
-        for (position, _), loss, norm in zip(unrecorded, losses, whole_norms, strict=True):
-            step, consumed, examples, size, rate, seconds = position
-            epochs, value = consumed / self._num_examples, math.nan if loss is None else loss
-            records.append(StepRecord(step, epochs, examples, size, rate, value, norm, seconds))
+        steps, consumed, examples, sizes, rates, seconds, measured = zip(*unrecorded, strict=True)
+        epochs = [place / self._num_examples for place in consumed]
+        values = [math.nan if loss is None else loss for loss in losses]
+        norms = (norms_of_kept if self._measured_later else norms_of_parts)(measured)
+        records = StepRecords((steps, epochs, examples, sizes, rates, values, norms, seconds))
         for callback in self.callbacks:
             callback.on_records(self, records)
 
@@ -375,23 +386,3 @@ def _values(losses: list[Tensor | None]) -> list[float | None]:
         return [held[0].item()]
     values = iter(torch.stack(held).tolist() if held else [])
     return [None if loss is None else next(values) for loss in losses]
-
-
-def _whole_norms(norms: list[list[Tensor] | float | None]) -> list[float]:
-    """The norm of each update's gradient, from the norms of its parts."""
-    held = [part for parts in norms if isinstance(parts, list) for part in parts]
-    values = iter(_stacked(held).tolist() if held else [])
-    return [
-        math.hypot(*itertools.islice(values, len(parts)))
-        if isinstance(parts, list)
-        else math.nan
-        if parts is None
-        else parts
-        for parts in norms
-    ]
-
-
-def _stacked(scalars: list[Tensor]) -> Tensor:
-    if len({scalar.dtype for scalar in scalars}) > 1:
-        scalars = [scalar.double() for scalar in scalars]
-    return torch.stack(scalars)
