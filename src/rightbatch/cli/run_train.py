@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.table import make_table, wrap
+from rightbatch.cli.train_progress import TrainProgress
 from rightbatch.cli.units import show_number, show_seconds
 from rightbatch.errors import DivergedError, UsageError
 from rightbatch.recipe import Recipe
@@ -76,8 +77,9 @@ def run(
         report(
             f"Training {workload.name}: batch {chosen.global_batch}, {options['epochs']:g} epochs"
         )
+        progress = TrainProgress(report, may_stop_early=options["until_target"])
         start = time.perf_counter()
-        finished = train(workload, chosen, **options)
+        finished = train(workload, chosen, callbacks=[progress], **options)
         seconds = time.perf_counter() - start
     result = _result(workload, finished, options["seed"], seconds)
     output.result(
