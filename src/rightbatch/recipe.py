@@ -51,7 +51,8 @@ class Recipe:
         precision: Arithmetic of the forward pass.
         tf32: Whether float32 products on CUDA may use TensorFloat-32.
         activation_checkpointing: Recompute activations in the backward pass, to save memory.
-        compile: The backend of `torch.compile`, such as `inductor`; None: not compiled.
+        compile: The backend of `torch.compile`, such as `inductor`; None: not compiled. What is
+            recomputed is not compiled.
 
     Raises:
         RecipeError: If a number is out of range or the split does not multiply to `global_batch`.
@@ -105,6 +106,7 @@ class Recipe:
             self._check_unequal_replicas()
         else:
             self._complete_the_split()
+        self._check_noise_is_measured()
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -128,6 +130,11 @@ class Recipe:
             raise RecipeError(
                 f"batch_ramp is {self.batch_ramp}; give (examples, batch) in rising order of "
                 "examples, such as ((10_000, 64), (30_000, 128))."
+            )
+        if self.batch_ramp and self.batch_policy != "fixed":
+            raise RecipeError(
+                f"batch_ramp is {self.batch_ramp} and batch_policy {self.batch_policy!r}; both "
+                "decide the batch. Give one of them."
             )
         for name in ("largest_batch", "ghost_batch"):
             value = getattr(self, name)
@@ -171,6 +178,28 @@ class Recipe:
                 f"{self.replicas} = {product}, which is not the global batch {self.global_batch}. "
                 "Use rightbatch.split_batch to find a split, or leave accumulation out."
             )
+
+    def _check_noise_is_measured(self) -> None:
+        """The noise on the way is that between micro-batches of one update: it takes two."""
+        if self.rate_rule == "adascale" and not self.changes_batch:
+            raise RecipeError(
+                f"rate_rule is 'adascale', but the batch is {self.global_batch} all the way, so "
+                "there is no gain to follow. Give a batch_ramp or batch_policy='follow-noise', or "
+                "leave rate_rule out."
+            )
+        if self.replicas > 1:
+            return
+        largest = max(self.global_batch, *(batch for _, batch in self.batch_ramp), 0)
+        for field, value, batch in (
+            ("batch_policy", self.batch_policy, self.global_batch),
+            ("rate_rule", self.rate_rule, largest),
+        ):
+            if value in ("follow-noise", "adascale") and batch <= self.micro_batch:
+                raise RecipeError(
+                    f"{field} is {value!r}, but an update of {batch} is one micro-batch on one "
+                    "replica, and the noise is measured between several. Give a micro_batch of at "
+                    f"most {max(batch // 2, 1)}."
+                )
 
     @property
     def changes_batch(self) -> bool:

@@ -162,7 +162,7 @@ def _validate(content: Any, record_type: type[T], schema: str, path: str | Path)
             "by another version of rightbatch. Make it again."
         ) from error
     # Unknown or silently converted fields would make the record another than the file.
-    if not _holds(adapter.dump_python(record, mode="json"), content):
+    if not _includes(adapter.dump_python(record, mode="json"), content):
         raise CorruptStateError(
             f"{path} holds fields that {schema} does not have. It was written by another version "
             "of rightbatch. Make it again."
@@ -170,12 +170,12 @@ def _validate(content: Any, record_type: type[T], schema: str, path: str | Path)
     return record
 
 
-def _holds(record: Any, content: Any) -> bool:
+def _includes(record: Any, content: Any) -> bool:
     """Whether all that a file says is in the record; what it leaves out has its default there."""
     if isinstance(record, dict) and isinstance(content, dict):
-        return all(key in record and _holds(record[key], content[key]) for key in content)
+        return all(key in record and _includes(record[key], content[key]) for key in content)
     if isinstance(record, list) and isinstance(content, list):
-        return len(record) == len(content) and all(map(_holds, record, content))
+        return len(record) == len(content) and all(map(_includes, record, content))
     return type(record) is type(content) and record == content
 
 

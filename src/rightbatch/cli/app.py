@@ -71,10 +71,37 @@ def train(
         str | None, typer.Option(help="Examples per update: a number, or full.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="With --batch-size.")] = None,
-    epochs: Annotated[float, typer.Option(min=0, help="Passes over the training set.")] = 10,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Another field of the recipe, such as last_batch=drop or micro_batch=16.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0, help="Passes over the training set. Default: 10.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Updates, instead of --epochs.")] = None,
     until_target: Annotated[
         bool, typer.Option("--until-target", help="Stop where the target is met.")
     ] = False,
+    evaluate_every: Annotated[
+        int | None, typer.Option(min=1, help="Updates between evaluations. Default: an epoch.")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Where the run is kept. Default: a new folder in runs/."),
+    ] = None,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Keep nothing.")] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Go on with the run in this folder."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Updates between checkpoints, beside one a minute.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that fetch examples.")] = 0,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -87,12 +114,17 @@ def train(
     return run_train.run(
         Output(as_json=as_json, quiet=quiet),
         workload,
-        recipe=run_train.RecipeChoice(plan, batch_size, learning_rate),
+        recipe=run_train.RecipeChoice(plan, batch_size, learning_rate, tuple(fields or ())),
+        place=run_train.RunChoice(run, resume, not no_run),
+        threads=threads,
         epochs=epochs,
+        steps=steps,
         until_target=until_target,
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
+        workers=workers,
         seed=seed,
         device=device,
-        threads=threads,
     )
 
 

@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rightbatch.laws.estimate import Estimate, unresolved
 from rightbatch.laws.interval import accepted_ratios, student_quantile, symmetric
 from rightbatch.laws.noise import MIN_GROUPS, NoiseEstimate
+
+
+def group_moments(
+    sizes: Sequence[float], squared_norms: Sequence[float], mean_squared: float
+) -> tuple[float, float]:
+    """One unbiased draw of (|G|², S) from the K micro-batches of one update, equal or not.
+
+    S = (Σ_k b_k|g_k|² − n|ḡ|²)/(K − 1),  |G|² = |ḡ|² − S/n,  n = Σ_k b_k
+
+    Args:
+        sizes: b_k, in examples; need not be whole where losses weight them.
+        squared_norms: |g_k|² of the micro-batches' mean gradients.
+        mean_squared: |ḡ|² of the whole update's.
+
+    Returns:
+        |G|², negative or not, and S.
+
+    Raises:
+        ValueError: If there are fewer than two micro-batches.
+
+    Example:
+        >>> group_moments([1, 3], [4.0, 2.0], 2.0)
+        (1.5, 2.0)
+    """
+    if len(sizes) < 2:
+        raise ValueError("One gradient says nothing about noise; give at least two.")
+    n = math.fsum(sizes)
+    total = math.fsum(b * square for b, square in zip(sizes, squared_norms, strict=True))
+    trace = max(total - n * mean_squared, 0.0) / (len(sizes) - 1)
+    return mean_squared - trace / n, trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,10 +344,10 @@ def _off_diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 def _scale_beta(beta: float, kappa: float) -> float:
     _check_beta(beta)
     scaled = 1 - kappa * (1 - beta)
-    if scaled <= 0:
+    if scaled <= 1e-12:  # 1 - 10 × (1 - 0.9) is not quite 0 in floats
         raise UsageError(
             f"The adam-sde rule cannot scale beta {beta} by {kappa:g}: 1 − κ(1 − β) is "
-            f"{scaled:.3g}. Go up by less than {1 / (1 - beta):.4g} ×, or use "
+            f"{scaled:.3f}. Go up by less than {1 / (1 - beta):.4g} ×, or use "
             "scale_beta_by_half_life and measure the learning rate."
         )
     return scaled

@@ -2,15 +2,19 @@
 
 from rightbatch.training.callbacks import Callback, Point, StepRecord, StepRecords
 from rightbatch.training.loop import Training
+from rightbatch.training.online import OnlineLearner, OnlineStats
 from rightbatch.training.order import epoch_order
 from rightbatch.training.rates import Horizon
 from rightbatch.training.run import Run, train
+from rightbatch.training.stream import train_stream
 from rightbatch.training.watch import Distance, Watch
 
 __all__ = [
     "Callback",
     "Distance",
     "Horizon",
+    "OnlineLearner",
+    "OnlineStats",
     "Point",
     "Run",
     "StepRecord",
@@ -19,4 +23,5 @@ __all__ = [
     "Watch",
     "epoch_order",
     "train",
+    "train_stream",
 ]

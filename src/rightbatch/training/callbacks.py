@@ -114,3 +114,9 @@ class Callback(Protocol):
 
     def on_end(self, training: Training, run: Run) -> None:
         """After the last update, however the run ended."""
+
+
+def reads_norms(callback: Callback) -> bool:
+    """Whether a callback is given records, and reads the gradient's norm in them."""
+    given_records = type(callback).on_records is not Callback.on_records
+    return given_records and callback.needs_gradient_norm

@@ -10,17 +10,24 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
-from rightbatch.training.callbacks import Callback, Point, StepRecords
+from rightbatch.training.arithmetic import (
+    autocast_dtype,
+    gradients_on,
+    make_scaler,
+    tensor_float_32,
+)
+from rightbatch.training.arrivals import Feed
+from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
@@ -40,6 +47,20 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
+_COUNTS = (
+    "steps",
+    "examples",
+    "seconds",
+    "consumed",
+    "gained",
+    "first_loss",
+    "diverged",
+    "_loss_sum",
+    "_loss_count",
+)
+"""Numbers that a resumed run goes on counting from."""
+SETTLING = 100
+"""Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -58,6 +79,8 @@ class Training:
         horizon: The length of the whole run, for schedules that need it.
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
+        feed: Gives the windows of a stream, in place of the workload's training set, which is
+            then not read.
 
     Attributes:
         steps: Updates done.
@@ -79,6 +102,7 @@ class Training:
         horizon: Horizon | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
+        feed: Feed | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
@@ -87,11 +111,12 @@ class Training:
         self.horizon = horizon
         self.callbacks = tuple(callbacks)
         self.workers = workers
+        self.feed = feed
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._num_examples = workload.num_examples
-        self._smallest = smallest_pass(workload, self.model, recipe, device)
+        # A feed finds it out from its first example.
+        self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -108,14 +133,15 @@ class Training:
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon)
+        largest = self.workload.num_examples if self.feed is None else None
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=largest)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
         self._losses: list[float | None] = []
         self._unrecorded: list[tuple[int, int, int, int, float, float, Measured]] = []
-        self._want_norms = any(callback.needs_gradient_norm for callback in self.callbacks)
+        self._want_norms = any(reads_norms(callback) for callback in self.callbacks)
         keep = self._want_norms and self.recipe.clip_norm is None and self.scaler is None
         self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
         self._reload()
@@ -130,12 +156,15 @@ class Training:
 
     def _reload(self) -> None:
         """Windows from the present place on."""
-        recipe = self.recipe
+        if self.feed is not None:
+            self._windows = self.feed.windows_for(self)
+            return
+        recipe, N = self.recipe, self.workload.num_examples
         windows = plan_windows(
-            self._num_examples,
+            N,
             seed=self.seed,
-            start=Place(*divmod(self.consumed, self._num_examples)),
-            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            start=Place(*divmod(self.consumed, N)),
+            batch_at=self.batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
             last_batch=recipe.last_batch,
             smallest=self._smallest,
         )
@@ -148,14 +177,32 @@ class Training:
             workers=self.workers,
         )
 
-    def _batch_at(self, consumed: int) -> int:
+    def batch_at(self, consumed: int) -> int:
+        """The global batch of the update that begins after so many examples.
+
+        Args:
+            consumed: Examples gone through before it.
+
+        Returns:
+            The batch.
+        """
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
-        return batch_at(consumed, self.recipe.global_batch, self.recipe.batch_ramp)
+        recipe = self.recipe
+        batch = batch_at(consumed, recipe.global_batch, recipe.batch_ramp)
+        if self.feed is not None:
+            return batch
+        # Beyond the training set no batch grows, so the learning rate must not go on either.
+        return min(batch, max(self.workload.num_examples, recipe.global_batch))
+
+    @property
+    def _num_examples(self) -> float:
+        """Examples of a pass; infinite in the first pass of a stream."""
+        return self.workload.num_examples if self.feed is None else self.feed.num_examples
 
     @property
     def epochs(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set so far; 0 in the first pass of a stream."""
         return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
@@ -169,7 +216,15 @@ class Training:
 
         Returns:
             The copy.
+
+        Raises:
+            RecipeError: If BatchNorm in groups would have to become BatchNorm over whole batches.
         """
+        if self.recipe.ghost_batch is not None and recipe.ghost_batch is None:
+            raise RecipeError(
+                f"The run has ghost_batch {self.recipe.ghost_batch}, and a fork's recipe None. "
+                "Give it one: the largest batch normalises whole batches."
+            )
         copied = copy.copy(self)
         copied.recipe = recipe
         copied.callbacks = ()
@@ -197,7 +252,9 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the horizon is reached; never without one."""
+        """Whether the horizon is reached, or a stream has ended; never without either."""
+        if self.feed is not None and self.feed.ended:
+            return True
         if self.horizon is None:
             return False
         return self.horizon.progress(self.steps, self._covered) >= 1
@@ -208,27 +265,83 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def advance(self, num_steps: int | None = None, *, to_epoch: int | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how this training goes on.
+
+        Returns:
+            A tree of plain values and tensors; the tensors are the live ones, so copy or write
+            them before the next update.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "random": self._random.states,
+            "noise": None if self.noise is None else self.noise.state_dict(),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self._random.states = state["random"]
+        for name in _COUNTS:
+            setattr(self, name, state["counts"][name])
+        self._rates.unsettle()
+        if self.noise is not None:
+            self.noise.load_state_dict(state["noise"])
+        self.close()
+        self._reload()
+
+    def close(self) -> None:
+        """Ends the workers that fetch ahead; the training can still be looked at."""
+        # Left to the garbage collector, each of them is waited for in vain for five seconds.
+        if isinstance(self._windows, Generator):
+            self._windows.close()
+
+    def is_sound(self) -> bool:
+        """Whether every weight is a finite number; a run that is not cannot be gone on with."""
+        weights = [p.detach() for p in self.model.parameters()]
+        finite = torch.stack([torch.isfinite(w).all() for w in weights])
+        return not self.diverged and bool(finite.all())
+
+    def advance(
+        self,
+        num_steps: int | None = None,
+        *,
+        to_epoch: int | None = None,
+        deadline: float = math.inf,
+    ) -> None:
         """Does some updates; stops early at the horizon, or when the loss leaves the numbers.
 
         Args:
             num_steps: Updates to do; None: no limit but the others.
             to_epoch: Stop when so many epochs are done.
+            deadline: Stop after the update in which `time.perf_counter` passes this.
         """
         last_step, last_consumed = self._limits(num_steps, to_epoch)
         # The caller may have switched gradients off, as a callback of an evaluation has.
         with (
             self._random.swapped_in(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            tensor_float_32(self.recipe.tf32),
+            gradients_on(),
+            tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
-            while self.steps < last_step and self.consumed < last_consumed:
+            while self.steps < last_step and self.consumed < last_consumed and start < deadline:
                 if self.diverged or self.stop_requested or (self._scaled and self.finished):
                     break
-                window, batches = next(self._windows)
-                start = self._update(window, batches, start)
+                found = next(self._windows, None)
+                if found is None:  # of a stream: its pass is over, or the next example is not here
+                    self.consumed = self.feed.taken if self.feed else self.consumed
+                    break
+                start = self._update(*found, start)
         self._read_losses()
         self._tell_records()
 
@@ -257,7 +370,7 @@ class Training:
             )
         draw = None
         if self.noise is not None and len(batches) > 1:
-            draw = self.noise.observer(self.steps, self.model)
+            draw = self.noise.observer(self.steps, self.optimizer)
         result = optimizer_step(
             self.workload,
             self._forward_model,
@@ -272,14 +385,20 @@ class Training:
         )
         self.steps += 1
         self.examples += window.size
-        self.gained += gain * self.recipe.global_batch
-        self.consumed = window.epoch * self._num_examples + window.end
+        reached = window.end
+        if window.epoch:  # 0 in a stream, whose length is infinite
+            reached += window.epoch * self.workload.num_examples
+        share = (reached - self.consumed) / window.global_batch  # of a whole update
+        self.gained += gain * share * self.recipe.global_batch
+        self.consumed = reached
         self._unread.append(result.loss)
         if len(self._unread) >= self._patience or self.first_loss is None:
             self._read_losses()
-        # What workers fetched ahead was for the old batch.
-        if draw is not None and self.noise is not None and self.noise.add(draw) and self.workers:
-            self._reload()
+        if draw is not None and self.noise is not None:
+            changed = self.noise.add(draw, window.size)
+            if changed and self.workers:  # what they fetched ahead was for the old batch
+                self.close()
+                self._reload()
         now = time.perf_counter()
         self.seconds += now - start
         if self.callbacks:
@@ -310,6 +429,8 @@ class Training:
                 continue
             if self.first_loss is None:
                 self.first_loss = loss
+            elif self.feed is not None and self.steps <= SETTLING and math.isfinite(loss):
+                self.first_loss = max(abs(self.first_loss), abs(loss))
             self._loss_sum += loss
             self._loss_count += 1
             # Not `abs(loss) > limit`, which is false of NaN.
@@ -351,6 +472,24 @@ class Training:
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
         self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    @property
+    def interval(self) -> tuple[float, int]:
+        """Sum and count of the losses since the last call of `recent_train_loss`."""
+        return self._loss_sum, self._loss_count
+
+    @interval.setter
+    def interval(self, value: tuple[float, int]) -> None:
+        self._loss_sum, self._loss_count = value
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """What dropout and the like draw from next."""
+        return self._random.states
+
+    @random_states.setter
+    def random_states(self, states: list[Tensor]) -> None:
+        self._random.states = states
 
     def evaluate(self) -> Point:
         """Evaluates on the validation set and closes the interval of the training loss.

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from rightbatch.errors import RecipeError
 from rightbatch.isolate.preserve import preserved_state
 from rightbatch.recipe import Recipe
+from rightbatch.training.activations import checkpoint_activations, keep_activations
 from rightbatch.training.evaluate import to_device
 from rightbatch.training.ghost_norm import use_ghost_norm
 from rightbatch.workload import Workload
+
+# Otherwise all models of a process share a limit of 8, and further ones are silently not compiled.
+_ISOLATED = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 
 
 def make_model(
@@ -41,18 +46,18 @@ def make_model(
     Returns:
         The model, and the module to call for a forward pass; they share every parameter.
     """
-    if like is not None:
-        model = copy.deepcopy(like)
-    else:
-        model = workload.build_model(seed, device)
-        if recipe.ghost_batch is not None:
-            use_ghost_norm(model, recipe.ghost_batch)
-        if recipe.activation_checkpointing:
-            checkpoint_activations(model)
+    model = workload.build_model(seed, device) if like is None else copy.deepcopy(like)
+    if recipe.ghost_batch is not None:
+        use_ghost_norm(model, recipe.ghost_batch)
+    keep_activations(model)  # a copy may be of a model that recomputes them
+    if recipe.activation_checkpointing:
+        checkpoint_activations(model)
     if recipe.compile is None:
         return model, model
     # Sizes as symbols: the smaller last batch, or a batch that grows, compiles nothing anew.
-    return model, torch.compile(model, backend=recipe.compile, dynamic=True)  # pyright: ignore[reportReturnType]
+    options: Any = {"backend": recipe.compile, "dynamic": True, **_ISOLATED}
+    compiled: Any = torch.compile(model, **options)
+    return model, compiled
 
 
 def smallest_pass(
@@ -66,82 +71,39 @@ def smallest_pass(
     Args:
         workload: Gives the example.
         model: The model; it is left as it was.
-        recipe: Its micro-batch must be large enough.
+        recipe: Its batches must be large enough.
         device: Where the model is.
 
     Returns:
         1 or 2.
 
     Raises:
-        RecipeError: If the micro-batch is smaller than that.
+        RecipeError: If a micro-batch, or a batch on the way, is smaller than that.
     """
     layer = next((n for n, m in model.named_modules() if isinstance(m, _BatchNorm)), None)
     if layer is None or _trains_on_one(workload, model, device):
         return 1
-    if recipe.micro_batch < 2 and workload.num_examples > 1:
-        raise RecipeError(
-            f"The micro-batch is {recipe.micro_batch}, but layer {layer!r} is a BatchNorm, which "
-            "needs at least 2 examples to see a variance. Use a micro-batch of 2 or more, or "
-            "GroupNorm."
-        )
+    if workload.num_examples < 2:
+        return 2
+    batches = {"micro_batch": recipe.micro_batch, "batch_ramp": _least_batch(recipe)}
+    for field, batch in batches.items():
+        if batch < 2:
+            raise RecipeError(
+                f"{field} asks for passes of {batch}, but layer {layer!r} is a BatchNorm, which "
+                "needs at least 2 examples to see a variance. Use 2 or more, or GroupNorm."
+            )
     return 2
 
 
+def _least_batch(recipe: Recipe) -> int:
+    return min(recipe.global_batch, *(batch for _, batch in recipe.batch_ramp), recipe.global_batch)
+
+
 def _trains_on_one(workload: Workload, model: nn.Module, device: str | torch.device) -> bool:
-    batch = to_device(workload.train_examples.batch(torch.tensor([0])), device)
     with preserved_state(model), torch.no_grad():
+        batch = to_device(workload.train_examples.batch(torch.tensor([0])), device)
         try:
             workload.loss_sum(model, batch)
         except ValueError as error:
             return "more than 1 value per channel" not in str(error)
     return True
-
-
-def checkpoint_activations(model: nn.Module) -> None:
-    """Makes the model's blocks recompute their activations in the backward pass.
-
-    Blocks are the children of its outermost `Sequential` and `ModuleList`s, or without any the
-    model's own children. The state dict keeps its names.
-
-    Args:
-        model: Changed in place.
-    """
-    for block in _blocks(model):
-        block.forward = partial(_recomputed, block.forward, block)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, nn.Sequential | nn.ModuleList):
-        return list(model)
-    found = [block for child in model.children() for block in _nested_blocks(child)]
-    return found or list(model.children())
-
-
-def _nested_blocks(module: nn.Module) -> list[nn.Module]:
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        return list(module)
-    return [block for child in module.children() for block in _nested_blocks(child)]
-
-
-def _recomputed(forward: Any, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _buffers_kept(block)),
-        **kwargs,
-    )
-
-
-@contextmanager
-def _buffers_kept(block: nn.Module) -> Iterator[None]:
-    """Running statistics are updated by the first forward pass, and not again by the second."""
-    kept: list[tuple[Tensor, Tensor]] = [(b, b.detach().clone()) for b in block.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)

@@ -13,7 +13,6 @@ from rightbatch.isolate import preserved_state
 from rightbatch.recipe import Recipe
 from rightbatch.training.ghost_norm import GHOST_KINDS, group_sizes
 from rightbatch.training.split_gradients import Comparison, relative_difference
-from rightbatch.workload import count_terms
 from rightbatch.workload.describe import tensors_in
 
 _NAMED = 3
@@ -96,7 +95,7 @@ def _norm_cause(norms: Sequence[tuple[str, _BatchNorm]], recipe: Recipe) -> Caus
         remedy = f"Use larger micro-batches, {one} or GroupNorm."
     else:
         remedy = (
-            f"Use {one}, GroupNorm, or use_ghost_norm(model, ghost_batch={recipe.micro_batch}), "
+            f"Use {one}, GroupNorm, or ghost_batch={recipe.micro_batch} in the recipe, "
             "with which every size sees the same."
         )
     return Cause(names=names, because=because, remedy=remedy)
@@ -121,8 +120,6 @@ def _freeze(comparison: Comparison, norms: Sequence[_BatchNorm]) -> None:
 def _other_cause(comparison: Comparison, *, tolerance: float, draws: bool) -> Cause:
     """What is at fault beside BatchNorm."""
     with_outputs = comparison.workload.loss is not None
-    if with_outputs and any(count_terms(targets) == 0 for _, targets in comparison.cut.parts):
-        return _NOTHING_COUNTS
     if comparison.split_error is None:
         reduction = _wrong_reduction(comparison, _SAME_DRAWN_LOSS if draws else _SAME_LOSS)
         if reduction is not None:
@@ -178,11 +175,6 @@ _A_MEAN = Cause(
     names=("compute_loss returns a mean as its sum",),
     because="compute_loss returns a mean where the sum belongs",
     remedy="Return the sum: reduction='sum', or the mean times the count.",
-)
-_NOTHING_COUNTS = Cause(
-    names=("a micro-batch in which no target counts",),
-    because="the mean over a micro-batch in which no target counts is no number",
-    remedy="Use larger micro-batches, or compute_loss, which may return 0 as sum and as count.",
 )
 _THE_LOSS = Cause(
     names=("the loss",),

@@ -42,6 +42,7 @@ class Rates:
         optimizer: Its groups, as made for the recipe's learning rate, give the base rates.
         recipe: Says the schedule.
         horizon: The length of the run; needed by schedules that end somewhere.
+        largest: Beyond this no batch rises: the training set.
 
     Attributes:
         settled: Whether the rates will not change any more.
@@ -51,7 +52,12 @@ class Rates:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, recipe: Recipe, horizon: Horizon | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        horizon: Horizon | None,
+        *,
+        largest: int | None = None,
     ) -> None:
         if recipe.schedule != "constant" and horizon is None:
             raise RecipeError(
@@ -71,9 +77,17 @@ class Rates:
             and not (recipe.changes_batch and recipe.rate_rule != "none")
         )
         self.settled = False
-        for _, batch in recipe.batch_ramp:  # what cannot be scaled is refused before training
+        # What cannot be scaled is refused before training.
+        batches = [batch for _, batch in recipe.batch_ramp]
+        if recipe.batch_policy == "follow-noise":
+            batches += [batch for batch in (recipe.largest_batch or largest,) if batch]
+        for batch in batches:
             for base in self._base:
                 _at_batch(base, recipe, batch, 1.0)
+
+    def unsettle(self) -> None:
+        """The optimizer's groups were changed from outside: they are set before the next update."""
+        self._current, self.settled = None, False
 
     def set(
         self, *, steps: int, examples: float, global_batch: int, factor: float, gain: float

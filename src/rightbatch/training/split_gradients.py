@@ -89,8 +89,10 @@ class Comparison:
         with self._undisturbed():
             loss = compute_gradients(self.workload, self.model, window, autocast=self._autocast)
             gradient = [p.grad for p in self.model.parameters()]
-        # A mean over nothing may well have a gradient of zero; training stops at its loss.
-        return gradient if bool(loss.isfinite()) else [torch.full((), math.nan) for _ in gradient]
+        # Where nothing counts there is no gradient, and nothing to compare.
+        if loss is not None and bool(loss.isfinite()):
+            return gradient
+        return [torch.full((), math.nan) for _ in gradient]
 
     def difference(self, whole: Gradient | None = None) -> float:
         """‖g_split − g_whole‖ / ‖g_whole‖; infinite where the micro-batches give no gradient."""

@@ -40,7 +40,7 @@ def compute_gradients(
     autocast: torch.dtype | None,
     scaler: GradScaler | None = None,
     reduction: Reduction = "mean",
-    observe: Callable[[float], None] | None = None,
+    observe: Callable[[float, float], None] | None = None,
 ) -> Tensor | None:
     """Leaves the window's gradient in `.grad` of the parameters.
 
@@ -51,8 +51,8 @@ def compute_gradients(
         autocast: Lower precision of the forward pass, or None.
         scaler: Multiplies the loss, so that small gradients survive half precision.
         reduction: Mean over the window's examples, or their sum.
-        observe: Called after the backward pass of each of several micro-batches, with its count;
-            `.grad` then holds the sum so far.
+        observe: Called after the backward pass of each of several micro-batches, with its count
+            and a factor; `.grad` then holds the sum so far, times this factor.
 
     Returns:
         The window's mean loss, a detached scalar tensor; None where there was nothing to count.
@@ -64,20 +64,24 @@ def compute_gradients(
             return None
         _scaled(loss, scaler).backward()
         return loss.detach()
-    losses, total = [], 0.0
+    losses, total, unit = [], 0.0, 1.0
     for batch in window:
         loss_sum, count = _forward(workload.loss_sum, model, batch, autocast)
         # A micro-batch of padding alone has no mean: NaN times no count.
         if count > 0:
-            _scaled(loss_sum, scaler).backward()
+            if scaler is not None and not losses:
+                # In half precision a sum leaves the numbers where a mean does not.
+                unit = float(count)
+            _scaled(loss_sum if unit == 1 else loss_sum / unit, scaler).backward()
             losses.append(loss_sum.detach())
             total = total + count
             if observe is not None:
-                observe(float(count))
+                observe(float(count), (1.0 if scaler is None else scaler.get_scale()) / unit)
     if not losses:
         return None
-    if reduction == "mean":
-        _divide_gradients(model, float(total))
+    divisor = (float(total) if reduction == "mean" else 1.0) / unit
+    if divisor != 1:
+        _divide_gradients(model, divisor)
     return sum(losses[1:], start=losses[0]) / total
 
 
@@ -110,7 +114,7 @@ def optimizer_step(
     reduction: Reduction = "mean",
     clip_norm: float | None = None,
     want_norms: bool = False,
-    observe: Callable[[float], None] | None = None,
+    observe: Callable[[float, float], None] | None = None,
 ) -> StepResult:
     """One update from one window of micro-batches.
 
@@ -175,7 +179,8 @@ def _prepare_gradients(
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     norms = list(torch._foreach_norm(gradients))
     if clip_norm is not None:
-        whole = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+        parts = torch.stack(norms)
+        whole = torch.linalg.vector_norm(parts.to(torch.promote_types(parts.dtype, torch.float32)))
         # As torch clips: the small number keeps a gradient of zero from becoming NaN.
         factor = torch.clamp(clip_norm / (whole + 1e-6), max=1.0)
         torch._foreach_mul_(gradients, factor)

@@ -8,21 +8,22 @@ number and no measured time, since a run must be the same run on a slower machin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rightbatch.laws.noise import GradientSample, NoiseEstimate, micro_batch_moments
-from rightbatch.laws.noise_sums import NoiseSums
+from rightbatch.laws.noise import NoiseEstimate
+from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.laws.schedule import follow_noise_scale
 
-PAUSE = 8
+PAUSE = 24
 """Updates from one draw to the next: keeps the cost below 2 % of the time."""
-DRAWS = 16
+DRAWS = 12
 """Draws of one estimate: the noise scale changes slowly, and its interval must be usable."""
 _MEMORY = 0.9
 """Of the running averages of |G|² and S, from draw to draw."""
@@ -50,28 +51,31 @@ class WindowNoise:
         self._running = (0.0, 0.0)
         self._num_draws = 0
 
-    def observer(self, steps: int, model: nn.Module) -> Draw | None:
+    def observer(self, steps: int, optimizer: torch.optim.Optimizer) -> Draw | None:
         """What is to observe the coming update, where it is one that is drawn from.
 
         Args:
             steps: Updates done.
-            model: Whose gradient it is.
+            optimizer: Of whose parameters the gradient is.
 
         Returns:
             The observer, or None.
         """
-        return Draw(model.parameters()) if steps % PAUSE == 0 else None
+        if steps % PAUSE:
+            return None
+        return Draw(p for group in optimizer.param_groups for p in group["params"])
 
-    def add(self, draw: Draw) -> bool:
+    def add(self, draw: Draw, num_examples: int) -> bool:
         """Takes a draw in.
 
         Args:
             draw: What observed an update.
+            num_examples: Examples that it saw: their number need not be what losses count.
 
         Returns:
             Whether the batch changes with the next update.
         """
-        moments = draw.moments()
+        moments = draw.moments(num_examples)
         if moments is None:
             return False
         self._num_draws += 1
@@ -134,39 +138,70 @@ class Draw:
     """Observes one update: the squared norm of each micro-batch's own mean gradient.
 
     Args:
-        parameters: Of the model; `.grad` holds the sum so far when it is called.
+        parameters: What is trained; `.grad` holds the sum so far when it is called.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._before: list[Tensor] | None = None
+        self._before: list[Tensor] = []
+        self._seen: list[int] = []
+        self._factor = 1.0
         self._counts: list[float] = []
-        self._squares: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._parts: list[int] = []
 
-    def __call__(self, count: float) -> None:
+    def __call__(self, count: float, factor: float = 1.0) -> None:
         """After a micro-batch's backward pass.
 
         Args:
             count: Examples (or tokens) of it.
+            factor: What `.grad` is multiplied by, the same for the whole update.
         """
-        summed = [p.grad for p in self._parameters if p.grad is not None]
-        own = summed if self._before is None else torch._foreach_sub(summed, self._before)
-        self._squares.append(_squared_norm(own) / count**2)
+        gradients = [p.grad for p in self._parameters]
+        seen = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        summed = [gradient for gradient in gradients if gradient is not None]
+        if seen != self._seen:
+            self._make_room(seen, summed)
+        # Each tensor's norm; they are put together once, since small operations are dear.
+        if self._counts:
+            torch._foreach_sub_(self._before, summed)  # the sign does not matter
+            self._norms += torch._foreach_norm(self._before)
+        else:
+            self._norms += torch._foreach_norm(summed)
+        torch._foreach_copy_(self._before, summed)
+        self._parts.append(len(summed))
         self._counts.append(count)
-        self._before = [gradient.clone() for gradient in summed]
+        self._factor = factor
 
-    def moments(self) -> tuple[float, float] | None:
-        """Unbiased |G|² and S, or None with fewer than two micro-batches."""
-        if len(self._counts) < 2 or self._before is None:
+    def _make_room(self, seen: list[int], summed: list[Tensor]) -> None:
+        """For the sums of these parameters; of those that no micro-batch used before, zeros."""
+        known = dict(zip(self._seen, self._before, strict=True))
+        self._before = [
+            known[index] if index in known else torch.zeros_like(gradient)
+            for index, gradient in zip(seen, summed, strict=True)
+        ]
+        self._seen = seen
+
+    def moments(self, num_examples: int) -> tuple[float, float] | None:
+        """Unbiased |G|² and S, in examples also where losses count tokens.
+
+        Args:
+            num_examples: Examples of the update.
+
+        Returns:
+            Both, or None with fewer than two micro-batches or where a gradient was no number, as
+            in half precision happens.
+        """
+        if len(self._counts) < 2:
             return None
-        squares = torch.stack(self._squares).double().cpu().numpy()
-        whole = float(_squared_norm(self._before)) / sum(self._counts) ** 2
-        sample = GradientSample(
-            sizes=np.array(self._counts), gram=np.diag(squares), mean_norm_squared=whole
-        )
-        return micro_batch_moments(sample)
-
-
-def _squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))])
-    return norms.square().sum()
+        total = sum(self._counts)
+        norms = iter(torch.stack([*self._norms, *torch._foreach_norm(self._before)]).tolist())
+        squares = [
+            math.hypot(*islice(norms, parts)) ** 2 / (count * self._factor) ** 2
+            for parts, count in zip(self._parts, self._counts, strict=True)
+        ]
+        whole = math.hypot(*norms) ** 2 / (total * self._factor) ** 2
+        if not math.isfinite(sum(squares) + whole):
+            return None
+        sizes = [count * num_examples / total for count in self._counts]
+        return group_moments(sizes, squares, whole)

@@ -87,49 +87,50 @@ def plan_windows(
     while True:
         order = epoch_order(N, seed=seed, epoch=epoch)
         while offset < N:
-            batch = batch_at(epoch * N + offset)
-            size = take(N - offset, N, batch, last_batch, smallest)
+            asked = batch_at(epoch * N + offset)
+            batch = min(asked, N)  # a set smaller than the batch is one window
+            size = take(N - offset, batch, last_batch, smallest)
             if size == 0:
                 break
             first, end, padding, factor = offset, offset + size, 0, 1.0
-            if size < batch <= N:
+            if size < batch:
                 padding = batch - size if last_batch == "pad" else 0
                 factor = size / batch if last_batch == "scale-lr" else 1.0
-            offset = N if last_batch == "drop" and N - end < batch <= N else end
-            yield Window(order, first, size + padding, padding, epoch, offset, batch, factor)
+            offset = end
+            if last_batch == "drop" and N - end < min(batch_at(epoch * N + end), N):
+                offset = N  # the epoch ends here, and not with an update that takes nothing
+            yield Window(order, first, size + padding, padding, epoch, offset, asked, factor)
         epoch, offset = epoch + 1, 0
 
 
-def take(
-    remaining: int, num_examples: int, global_batch: int, last_batch: LastBatch, smallest: int
-) -> int:
+def take(remaining: int, global_batch: int, last_batch: LastBatch, smallest: int) -> int:
     """How many of an epoch's remaining examples the next update takes.
 
     Args:
         remaining: Examples of the epoch that are left.
-        num_examples: Size of the training set.
-        global_batch: Examples that an update takes.
+        global_batch: Examples that an update takes; no more than there are in all.
         last_batch: What becomes of a smaller last batch.
-        smallest: A rest smaller than this, which the model could not train on, is taken along.
+        smallest: A rest smaller than this, which the model could not train on, is taken along
+            (where it is neither dropped nor padded).
 
     Returns:
         The number; 0 where the epoch ends without using the rest.
 
     Example:
-        >>> [take(n, 105, 50, "keep", 1) for n in (105, 55, 5)]
+        >>> [take(n, 50, "keep", 1) for n in (105, 55, 5)]
         [50, 50, 5]
-        >>> [take(n, 105, 50, "merge", 1) for n in (105, 55)]
+        >>> [take(n, 50, "merge", 1) for n in (105, 55)]
         [50, 55]
-        >>> [take(n, 105, 50, "drop", 1) for n in (105, 55, 5)]
+        >>> [take(n, 50, "drop", 1) for n in (105, 55, 5)]
         [50, 50, 0]
     """
     if remaining <= global_batch:
-        # A set smaller than the batch is one window under every policy.
-        dropped = last_batch == "drop" and remaining < global_batch <= num_examples
-        return 0 if dropped else remaining
+        return 0 if last_batch == "drop" and remaining < global_batch else remaining
+    if last_batch in ("drop", "pad"):
+        return global_batch
     rest = remaining - global_batch
     joined = rest < global_batch if last_batch == "merge" else rest < smallest
-    return remaining if joined and last_batch != "drop" else global_batch
+    return remaining if joined else global_batch
 
 
 def micro_batch_sizes(num_examples: int, micro_batch: int, smallest: int = 1) -> list[int]:
@@ -142,7 +143,7 @@ def micro_batch_sizes(num_examples: int, micro_batch: int, smallest: int = 1) ->
 
     Returns:
         Sizes, none above `micro_batch`; a rest below `smallest` is evened out with the pass
-        before.
+        before, or joined to it where two would still be too small.
 
     Example:
         >>> micro_batch_sizes(100, 32), micro_batch_sizes(65, 32, smallest=2)
@@ -154,7 +155,8 @@ def micro_batch_sizes(num_examples: int, micro_batch: int, smallest: int = 1) ->
     if rest >= smallest or full == 0:
         return [micro_batch] * full + [rest]
     joined = micro_batch + rest
-    return [micro_batch] * (full - 1) + [joined - joined // 2, joined // 2]
+    last = [joined - joined // 2, joined // 2] if joined // 2 >= smallest else [joined]
+    return [micro_batch] * (full - 1) + last
 
 
 def share_of_rank(
@@ -167,7 +169,7 @@ def share_of_rank(
         rank: Which rank.
         weights: Of each rank: its share of a full window.
         smallest: Examples that the model needs at least in one pass; a smaller share goes to the
-            rank before.
+            rank before, and rank 0 is given what it lacks.
 
     Returns:
         First and end position within the window; the same for an empty share. Every example
@@ -187,5 +189,11 @@ def share_of_rank(
         if 0 < sizes[later] < smallest:
             sizes[later - 1] += sizes[later]
             sizes[later] = 0
+    lacking = smallest - sizes[0]
+    giver = next((r for r in range(1, len(sizes)) if sizes[r]), 0)
+    if lacking > 0 and giver:
+        given = lacking if sizes[giver] - lacking >= smallest else sizes[giver]
+        sizes[0] += given
+        sizes[giver] -= given
     first = sum(sizes[:rank])
     return first, first + sizes[rank]
