@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.table import make_table, wrap
+from rightbatch.cli.train_progress import TrainProgress
 from rightbatch.cli.units import show_number, show_seconds
 from rightbatch.errors import DivergedError, UsageError
 from rightbatch.recipe import Recipe
@@ -112,7 +113,7 @@ def run(
             train(
                 workload,
                 **settings,
-                callbacks=[ending],
+                callbacks=[ending, TrainProgress(report, may_stop_early=settings["until_target"])],
                 run_directory=folder,
                 resume=place.resume is not None,
             )

@@ -8,7 +8,6 @@ recipe, the seed and the horizon, not on how it was cut into pieces.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -28,11 +27,18 @@ from rightbatch.training.arithmetic import (
     tensor_float_32,
 )
 from rightbatch.training.arrivals import Feed
-from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms
 from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
+from rightbatch.training.norms import (
+    Measured,
+    gradients_of,
+    norms_of_kept,
+    norms_of_parts,
+    parameters_to_keep,
+)
 from rightbatch.training.random_state import OwnRandomState
 from rightbatch.training.rank_noise import RankDraw
 from rightbatch.training.rates import Horizon, Rates, group_settings
@@ -102,7 +108,8 @@ class Training:
         self.feed = feed
         self.ranks = ranks
         self.replica: Replica | None = None
-        self._watched = bool(callbacks)
+        # Shards know the norm of a gradient only together, so that all ranks measure it.
+        self._watched = any(reads_norms(callback) for callback in callbacks)
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             # A feed finds it out from its first example.
@@ -135,7 +142,10 @@ class Training:
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
         self._losses: list[float | None] = []
-        self._unrecorded: list[tuple[tuple[Any, ...], list[Tensor] | float | None]] = []
+        self._unrecorded: list[tuple[int, int, int, int, float, float, Measured]] = []
+        alone = self.replica is None and self.recipe.clip_norm is None and self.scaler is None
+        keep = self._watched and alone
+        self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
         self._reload()
 
     def _make_noise(self) -> WindowNoise | None:
@@ -368,7 +378,7 @@ class Training:
             scaler=self.scaler,
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
-            want_norms=self._watched,
+            want_norms=self._watched and not self._measured_later,
             observe=draw,
             replica=self.replica,
         )
@@ -431,12 +441,15 @@ class Training:
     def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
         for callback in self.callbacks:
             callback.on_step(self)
-        norms = result.gradient_norms
-        if self._patience == 1 and norms is not None:  # many small tensors are dear to keep
-            norms = math.hypot(*[norm.item() for norm in norms])
+        measured: Measured = result.gradient_norms
+        if self._measured_later:
+            measured = gradients_of(self._measured_later)
+        elif measured and self._patience == 1:  # many small tensors are dear to keep
+            measured = math.hypot(*[norm.item() for norm in measured])
         rate = self.optimizer.param_groups[0]["lr"]
-        position = (self.steps, self.consumed, self.examples, window.size, rate, seconds)
-        self._unrecorded.append((position, norms))
+        self._unrecorded.append(
+            (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)
+        )
         if len(self._unrecorded) >= _RECORDS:
             self._tell_records()
 
@@ -447,12 +460,11 @@ class Training:
         self._read_losses()
         unrecorded, self._unrecorded = self._unrecorded, []
         losses, self._losses = self._losses, []
-        whole_norms = _whole_norms([norms for _, norms in unrecorded])
-        records: list[StepRecord] = []
-        for (position, _), loss, norm in zip(unrecorded, losses, whole_norms, strict=True):
-            step, consumed, examples, size, rate, seconds = position
-            epochs, value = consumed / self._num_examples, math.nan if loss is None else loss
-            records.append(StepRecord(step, epochs, examples, size, rate, value, norm, seconds))
+        steps, consumed, examples, sizes, rates, seconds, measured = zip(*unrecorded, strict=True)
+        epochs = [place / self._num_examples for place in consumed]
+        values = [math.nan if loss is None else loss for loss in losses]
+        norms = (norms_of_kept if self._measured_later else norms_of_parts)(measured)
+        records = StepRecords((steps, epochs, examples, sizes, rates, values, norms, seconds))
         for callback in self.callbacks:
             callback.on_records(self, records)
 
@@ -520,23 +532,3 @@ def _values(losses: list[Tensor | None]) -> list[float | None]:
         return [held[0].item()]
     values = iter(torch.stack(held).tolist() if held else [])
     return [None if loss is None else next(values) for loss in losses]
-
-
-def _whole_norms(norms: list[list[Tensor] | float | None]) -> list[float]:
-    """The norm of each update's gradient, from the norms of its parts."""
-    held = [part for parts in norms if isinstance(parts, list) for part in parts]
-    values = iter(_stacked(held).tolist() if held else [])
-    return [
-        math.hypot(*itertools.islice(values, len(parts)))
-        if isinstance(parts, list)
-        else math.nan
-        if parts is None
-        else parts
-        for parts in norms
-    ]
-
-
-def _stacked(scalars: list[Tensor]) -> Tensor:
-    if len({scalar.dtype for scalar in scalars}) > 1:
-        scalars = [scalar.double() for scalar in scalars]
-    return torch.stack(scalars)
