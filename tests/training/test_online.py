@@ -441,7 +441,7 @@ def test_two_lists_are_refused_as_columns() -> None:
 @pytest.mark.parametrize("data", [X, (X, Y), {"x": X, "y": Y}, ROWS])
 def test_rows_are_the_batch_taken_apart(data: Any) -> None:
     examples = open_examples(data)
-    rows = list(rows_of(examples, block=7))
+    rows = list(rows_of(examples))
     assert len(rows) == N
     wanted, found = examples.batch(torch.arange(N)), stack(rows)
     torch.testing.assert_close(found, type(found)(wanted) if type(found) is tuple else wanted)
@@ -507,20 +507,33 @@ def test_killed_anywhere_it_goes_on_to_the_same_bits(
     assert_same(learner.flush(), whole.flush())
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"precision": "float16"}, {"batch_policy": "follow-noise", "largest_batch": 8}],
-    ids=["half-precision", "follow-noise"],
-)
-def test_what_else_a_recipe_keeps_is_resumed(tmp_path: Path, changes: dict[str, Any]) -> None:
-    how = recipe(4, 0.05, micro_batch=1, **changes)
-    inputs = X.repeat(26, 1)
-    targets = Y.repeat(26)
-    whole = OnlineLearner(make(), how).partial_fit(inputs, targets)
-    learner = OnlineLearner(make(), how).partial_fit(inputs[:1001], targets[:1001])
-    learner.save(tmp_path)
+def test_half_precision_is_resumed(tmp_path: Path) -> None:
+    how = recipe(4, precision="float16")
+    whole = OnlineLearner(make(), how).partial_fit(X, Y)
+    OnlineLearner(make(), how).partial_fit(X[:31], Y[:31]).save(tmp_path)
     resumed = OnlineLearner.load(tmp_path, make(), how)
-    assert_same(resumed.partial_fit(inputs[1001:], targets[1001:]), whole)
+    assert_same(resumed.partial_fit(X[31:], Y[31:]), whole)
+
+
+def test_a_batch_that_follows_the_noise_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rightbatch.training.window_noise.PAUSE", 8)
+    # Far from the minimum the gradient is clear, near it there is noise alone.
+    workload = make(
+        make_model=lambda: nn.Linear(4, 1),
+        loss=F.mse_loss,
+        metric=None,
+        make_optimizer=torch.optim.SGD,
+    )
+    inputs = 0.1 * X.repeat(50, 1)
+    targets = 10 + 30 * inputs[:, 1:2]
+    how = recipe(4, 1e-3, micro_batch=1, batch_policy="follow-noise", largest_batch=8)
+    whole = OnlineLearner(workload, how).partial_fit(inputs, targets)
+    assert whole.stats.steps < len(inputs) // 4  # the batch did rise
+    OnlineLearner(workload, how).partial_fit(inputs[:701], targets[:701]).save(tmp_path)
+    resumed = OnlineLearner.load(tmp_path, workload, how)
+    assert_same(resumed.partial_fit(inputs[701:], targets[701:]), whole)
 
 
 @pytest.mark.parametrize(

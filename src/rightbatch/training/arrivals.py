@@ -16,7 +16,7 @@ import torch
 
 from rightbatch.errors import RecipeError, RightbatchError, WorkloadError
 from rightbatch.recipe import Recipe
-from rightbatch.training.batches import as_read_by, collate_of, dtype_of
+from rightbatch.training.batches import Rows, as_read_by, collate_of, dtype_of, stack
 from rightbatch.training.evaluate import to_device
 from rightbatch.training.model import smallest_pass
 from rightbatch.training.windows import Window, micro_batch_sizes
@@ -80,6 +80,7 @@ class Arrivals:
         self.waiting: list[Any] = []
         self._before = before
         self._source: Iterator[Any] = iter(())
+        self._rows: Rows | None = None
         self._closing = False
         self._smallest: int | None = None
 
@@ -104,6 +105,8 @@ class Arrivals:
             source: Examples; none is read before a window needs it.
         """
         self._source = source
+        # Rows of tensors are gathered for a window at once, unless someone else makes the batch.
+        self._rows = source if isinstance(source, Rows) and self._collate is stack else None
 
     def close(self) -> None:
         """No more will come: the next window is what waits, as the recipe treats a last batch."""
@@ -129,7 +132,10 @@ class Arrivals:
         return self
 
     def __next__(self) -> tuple[Window, list[Any]]:
-        batch = self.fill()
+        batch, rows = self._training.batch_at(self.taken), self._rows
+        if rows is not None and not self.waiting and rows.left >= batch:
+            return self._cut_rows(rows, batch)
+        self.fill()
         if len(self.waiting) >= batch:
             return self._cut(batch, batch)
         if not self._closing:
@@ -139,29 +145,38 @@ class Arrivals:
 
     def _cut_rest(self, batch: int) -> tuple[Window, list[Any]]:
         size, recipe = len(self.waiting), self._training.recipe
-        if size and recipe.last_batch != "drop" and size >= self._needed():
+        if size and recipe.last_batch != "drop" and size >= self._needed(self.waiting[0]):
             return self._cut(size, batch)
         self.taken += size
         self.waiting.clear()
         raise StopIteration
 
     def _cut(self, size: int, batch: int) -> tuple[Window, list[Any]]:
-        """The next window and its micro-batches, on the device."""
-        training, start = self._training, self.taken
-        smallest = self._needed()
+        """The next window, of examples that wait."""
+        sizes = self._sizes(size, self.waiting[0])
         # Taken before anything can fail: an example that cannot be trained on is not met again.
-        examples = self.waiting[:size]
+        examples = iter(self.waiting[:size])
         del self.waiting[:size]
-        self.taken = end = start + size
-        recipe = training.recipe
-        factor = size / batch if recipe.last_batch == "scale-lr" else 1.0
-        window = Window(_NO_ORDER, start, size, 0, 0, end, batch, factor)
-        if size <= recipe.micro_batch:
-            batches = [self._batch(examples, end)]
-        else:
-            rest = iter(examples)
-            parts = micro_batch_sizes(size, recipe.micro_batch, smallest)
-            batches = [self._batch(list(itertools.islice(rest, part)), end) for part in parts]
+        self.taken += size
+        parts = [list(itertools.islice(examples, part)) for part in sizes]
+        return self._window(size, batch, [self._batch(part, self.taken) for part in parts])
+
+    def _cut_rows(self, rows: Rows, batch: int) -> tuple[Window, list[Any]]:
+        """The next window, of rows of tensors."""
+        sizes = self._sizes(batch, rows)
+        self.taken += batch
+        return self._window(batch, batch, [as_read_by(self._dtype, rows.take(n)) for n in sizes])
+
+    def _sizes(self, size: int, first: Any) -> list[int]:
+        """How the passes of a window are cut."""
+        micro_batch, smallest = self._training.recipe.micro_batch, self._needed(first)
+        return [size] if size <= micro_batch else micro_batch_sizes(size, micro_batch, smallest)
+
+    def _window(self, size: int, batch: int, batches: list[Any]) -> tuple[Window, list[Any]]:
+        """The window that ends with what was taken last, on the device."""
+        training, end = self._training, self.taken
+        factor = size / batch if training.recipe.last_batch == "scale-lr" else 1.0
+        window = Window(_NO_ORDER, end - size, size, 0, 0, end, batch, factor)
         batches = to_device(batches, training.device)
         if self._before is not None:
             self._before(window, batches)
@@ -179,10 +194,12 @@ class Arrivals:
                 "same shape, or pass `collate`, which turns a list of examples into a batch."
             ) from error
 
-    def _needed(self) -> int:
+    def _needed(self, first: Any) -> int:
         """Examples that the model needs at least in one pass; tried with the first that came."""
         if self._smallest is None:
-            training, first = self._training, self.waiting[0]
+            training = self._training
+            if isinstance(first, Rows):
+                first = first.peek()
 
             def collate(examples: list[Any]) -> Any:
                 return self._batch(examples, self.taken + 1)

@@ -141,27 +141,64 @@ def kept(example: Any) -> Any:
     return map_tensors(lambda t: t.detach().clone(), as_tensors(example))
 
 
-def rows_of(examples: Examples, block: int = 1024) -> Iterator[Any]:
+class Rows:
+    """The examples of tensors, one after the other or several at once.
+
+    Args:
+        examples: The tensors.
+    """
+
+    def __init__(self, examples: TensorExamples) -> None:
+        self._examples = examples
+        self._place = 0
+
+    @property
+    def left(self) -> int:
+        """Examples not yet given."""
+        return self._examples.num_examples - self._place
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self.left == 0:
+            raise StopIteration
+        example = self.peek()
+        self._place += 1
+        return example
+
+    def peek(self) -> Any:
+        """The next example: the tensors' rows, without a copy."""
+        place, tensors = self._place, self._examples.tensors
+        if isinstance(tensors, Tensor):
+            return tensors[place]
+        if isinstance(tensors, Mapping):
+            return {key: tensor[place] for key, tensor in tensors.items()}
+        return tuple([tensor[place] for tensor in tensors])
+
+    def take(self, size: int) -> Any:
+        """The next examples, as `stack` makes a batch of them.
+
+        Args:
+            size: How many; not more than are left.
+
+        Returns:
+            The batch.
+        """
+        start, self._place = self._place, self._place + size
+        return self._examples.batch(torch.arange(start, self._place))
+
+
+def rows_of(examples: Examples) -> Iterator[Any]:
     """Single examples of data with random access, in order.
 
     Args:
-        examples: An `Examples`.
-        block: Rows that are taken apart together.
+        examples: The data.
 
-    Yields:
-        One example: of tensors their rows, without a copy.
+    Returns:
+        An iterator over them, a `Rows` where they are tensors.
     """
-    if not isinstance(examples, TensorExamples):
-        for index in range(examples.num_examples):
-            yield cast("DatasetExamples", examples).dataset[index]
-        return
-    tensors = examples.tensors
-    for start in range(0, examples.num_examples, block):
-        end = start + block
-        if isinstance(tensors, Tensor):
-            yield from tensors[start:end].unbind()
-        elif isinstance(tensors, Mapping):
-            columns = [tensor[start:end].unbind() for tensor in tensors.values()]
-            yield from (dict(zip(tensors, row, strict=True)) for row in zip(*columns, strict=True))
-        else:
-            yield from zip(*[tensor[start:end].unbind() for tensor in tensors], strict=True)
+    if isinstance(examples, TensorExamples):
+        return Rows(examples)
+    dataset = cast("DatasetExamples", examples).dataset
+    return (as_tensors(dataset[index]) for index in range(examples.num_examples))
