@@ -122,7 +122,7 @@ def test_the_norm_of_the_gradient_is_not_measured_for_it() -> None:
         Recipe(global_batch=50, learning_rate=0.1),
         callbacks=[progress],
     )
-    assert not training._want_norms
+    assert not training._watched
 
 
 def test_the_command_says_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
