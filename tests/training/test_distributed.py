@@ -695,8 +695,8 @@ def test_replicas_must_be_the_number_of_processes(pair: Pair) -> None:
     )
     assert kind == "RecipeError"
     assert message == (
-        "recipe.replicas is 1, but 2 processes train. Use recipe.replace(replicas=2), or start 1 "
-        "(torchrun --nproc-per-node 1)."
+        "recipe.replicas is 1, but 2 processes train. Use recipe.replace(replicas=2) "
+        "(--set replicas=2), or start 1 (torchrun --nproc-per-node 1)."
     )
 
 
