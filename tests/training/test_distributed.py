@@ -28,6 +28,7 @@ from rightbatch.errors import RecipeError, ReplicaOutOfMemoryError
 from rightbatch.training import Training, saving
 from rightbatch.training.callbacks import Callback, Point
 from rightbatch.training.distributed import join_ranks
+from rightbatch.training.window_noise import DRAWS, PAUSE
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -500,7 +501,7 @@ def test_the_ranks_gradients_give_the_noise_scale(
 
     def call() -> tuple[float, float, int]:
         with training(gaussian(), recipe) as run:
-            run.advance(256)
+            run.advance(2 * PAUSE * DRAWS)
             assert run.noise is not None and run.noise.latest is not None
             moments = run.noise.running_moments
             latest = run.noise.latest
@@ -510,7 +511,7 @@ def test_the_ranks_gradients_give_the_noise_scale(
 
     first, second = pair.both(call)
     assert first == second
-    assert first[2] == 16
+    assert first[2] == DRAWS
     assert 1.0 < first[0] < 3.4
     assert 20 < first[1] < 46
 
@@ -533,7 +534,7 @@ def test_the_batch_follows_the_noise_alike_on_all_ranks(pair: Pair) -> None:
     def call() -> tuple[list[int], Tensor]:
         with training(workload, recipe) as run:
             sizes = []
-            while run.steps < 700:
+            while run.steps < 60 * PAUSE:
                 before = run.examples
                 run.advance(7)
                 sizes.append(run.examples - before)
@@ -782,7 +783,7 @@ def test_a_layer_that_waits_for_ranks_by_itself_is_refused(pair: Pair) -> None:
     workload = make(
         make_model=lambda: nn.Sequential(nn.Linear(5, 6), nn.SyncBatchNorm(6), nn.Linear(6, 2))
     )
-    kind, message = pair.both_raise(lambda: train(workload, two(), steps=1).steps)
+    kind, message = pair.both_raise(lambda: train(workload, two(), steps=1, preflight=False).steps)
     assert kind == "WorkloadError"
     assert "Layer '1' is a SyncBatchNorm" in message
 

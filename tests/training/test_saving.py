@@ -190,7 +190,6 @@ def test_a_run_does_not_overwrite_another(tmp_path: Path) -> None:
     [
         ({"seed": 1}, "seed differ"),
         ({"steps": 9}, "steps differ"),
-        ({"recipe": recipe(learning_rate=0.02)}, "recipe.learning_rate differ"),
         ({"workload": make(name="other")}, "workload differ"),
         ({"evaluate_every": 2}, "evaluate_every differ"),
     ],
@@ -205,8 +204,10 @@ def test_another_run_cannot_be_resumed(change: dict[str, Any], named: str, tmp_p
 def test_another_model_cannot_be_resumed(tmp_path: Path) -> None:
     train(make(), recipe(), steps=8, run_directory=tmp_path, callbacks=[StopAt(4)])
     wider = make(make_model=lambda: nn.Linear(4, 2))
-    with pytest.raises(UsageError, match="does not fit workload 'toy'"):
+    with pytest.raises(UsageError, match="and the model has"):
         train(wider, recipe(), steps=8, run_directory=tmp_path, resume=True)
+    with pytest.raises(UsageError, match=r"with learning_rate 0\.01 and the recipe has 0\.02"):
+        train(make(), recipe(learning_rate=0.02), steps=8, run_directory=tmp_path, resume=True)
 
 
 def test_a_changed_thread_count_warns_and_goes_on(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rightbatch.laws.linear_regression import (
 from rightbatch.laws.noise import make_gradient_sample, micro_batch_moments
 from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.training import Training, window_noise
+from rightbatch.training.state import restore_training, training_state
 from rightbatch.training.step import compute_gradients
 from rightbatch.training.window_noise import DRAWS, PAUSE, Draw, WindowNoise
 
@@ -72,7 +73,7 @@ def test_one_micro_batch_says_nothing() -> None:
 
 
 def test_running_estimates_cover_the_truth_as_often_as_they_say() -> None:
-    """C = I, s = 0: B_simple = d + 1 (science: 6.3); 16 draws of 4 unequal micro-batches."""
+    """C = I, s = 0: B_simple = d + 1 (science: 6.3); 12 draws of 4 unequal micro-batches."""
     known = LinearRegression(eigenvalues=(1.0,) * 7, offsets=(1.0,) * 7)
     rng, sizes, covered, num = np.random.default_rng(4), (12, 12, 12, 5), 0, 600
     for _ in range(num):
@@ -121,7 +122,7 @@ def test_a_training_measures_the_noise_scale_in_examples(
     batch: int, micro: int, last: Any, tokens: int
 ) -> None:
     training = Training(regression(tokens=tokens), follow(batch, micro, last_batch=last))
-    training.advance(PAUSE * DRAWS * 5)
+    training.advance(PAUSE * DRAWS * 2)
     noise = training.noise
     assert noise is not None
     assert noise.latest is not None
@@ -130,7 +131,7 @@ def test_a_training_measures_the_noise_scale_in_examples(
     assert scale.low is not None
     assert scale.high is not None
     assert scale.low <= 8 <= scale.high
-    assert scale.high - scale.low < 4
+    assert scale.high - scale.low < 8
     assert noise.running_moments is not None
     norm_squared, trace = noise.running_moments
     assert norm_squared == pytest.approx(7, rel=0.3)
@@ -142,7 +143,7 @@ def test_what_is_measured_changes_no_bit_of_the_training() -> None:
     runs = [Training(regression(2000), recipe) for recipe in (plain, follow(
         learning_rate=0.05, largest_batch=40))]  # fmt: skip
     for run in runs:
-        run.advance(300)
+        run.advance(PAUSE * DRAWS + 5)
     assert runs[1].noise is not None
     assert runs[1].noise.latest is not None
     for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
@@ -154,7 +155,7 @@ def risen() -> Training:
     """Noise of variance 4, weights that near their best: B_simple = 8 + 28/|δ|² grows."""
     training = Training(regression(20_000, noise=2.0), follow(learning_rate=0.001))
     batches: list[int] = []
-    for _ in range(160):
+    for _ in range(64):
         training.advance(PAUSE)
         assert training.noise is not None
         batches.append(training.noise.batch or 40)
@@ -176,7 +177,7 @@ def test_the_batch_rises_with_the_root_of_the_noise_scale(risen: Training) -> No
 
 def test_resumed_from_its_state_it_goes_on_as_it_would_have(risen: Training) -> None:
     other = Training(risen.workload, risen.recipe)
-    other.load_state_dict(risen.state_dict())
+    restore_training(other, training_state(risen))
     whole = risen.fork(risen.recipe)
     assert whole.noise is not None
     assert risen.noise is not None
@@ -189,13 +190,13 @@ def test_resumed_from_its_state_it_goes_on_as_it_would_have(risen: Training) -> 
 
 
 def test_workers_that_fetch_ahead_see_the_rise() -> None:
-    workload = regression(600, noise=2.0)
+    workload = regression(600, noise=1.0)
     runs = [
-        Training(workload, follow(learning_rate=0.02, largest_batch=100), workers=workers)
+        Training(workload, follow(20, 5, learning_rate=0.004, largest_batch=100), workers=workers)
         for workers in (0, 1)
     ]
     for run in runs:
-        run.advance(PAUSE * DRAWS * 3 + 9)
+        run.advance(PAUSE * DRAWS * 2 + 9)
     assert runs[0].noise is not None
     assert runs[0].noise.batch is not None, "it never rose: nothing was tested"
     assert runs[0].consumed == runs[1].consumed
@@ -300,7 +301,7 @@ def test_a_gradient_that_is_no_number_is_no_draw() -> None:
     assert noise.running_moments == before
 
 
-def test_one_update_in_eight_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_update_in_24_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     whole = window_noise.WindowNoise.observer
 
@@ -310,8 +311,8 @@ def test_one_update_in_eight_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> No
         return found
 
     monkeypatch.setattr(window_noise.WindowNoise, "observer", watched)
-    Training(regression(4000), follow()).advance(20)
-    assert looked == [0, 8, 16]
+    Training(regression(4000), follow()).advance(40)
+    assert looked == [0, 24]
 
 
 # ------------------------------------------------------------------- what cannot be measured

@@ -107,7 +107,7 @@ def run(
         report(f"Checking {reference}")
         workload = open_workload(reference, options["device"], threads)
         settings = _settings(recipe, place, workload, options)
-        folder = _run_directory(place, workload) if place.keep else None
+        folder = _run_directory(place, workload)
         report(f"Training {workload.name}: batch {settings['recipe'].global_batch}")
         try:
             finished = train(
@@ -221,9 +221,12 @@ def _split_of(changes: dict[str, Any]) -> dict[str, Any]:
     return {name: changes[name] for name in names if isinstance(changes.get(name), int)}
 
 
-def _run_directory(place: RunChoice, workload: Workload) -> Path:
+def _run_directory(place: RunChoice, workload: Workload) -> Path | None:
+    """Where the run is kept; a stream's only where that was asked for, and is then refused."""
     if place.resume is not None:
         return place.resume
+    if not place.keep or (place.begin is None and workload.train_examples.truncated):
+        return None
     if not is_first_process():  # others keep nothing
         return place.begin or Path("runs")
     return place.begin or make_run_directory("runs", workload.name)

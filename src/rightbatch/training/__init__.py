@@ -2,17 +2,22 @@
 
 from rightbatch.training.callbacks import Callback, Point, StepRecord
 from rightbatch.training.loop import Training
+from rightbatch.training.online import OnlineLearner, OnlineStats
 from rightbatch.training.order import epoch_order
 from rightbatch.training.rates import Horizon
 from rightbatch.training.run import Run, train
+from rightbatch.training.stream import train_stream
 
 __all__ = [
     "Callback",
     "Horizon",
+    "OnlineLearner",
+    "OnlineStats",
     "Point",
     "Run",
     "StepRecord",
     "Training",
     "epoch_order",
     "train",
+    "train_stream",
 ]

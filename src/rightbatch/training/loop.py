@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
+from rightbatch.training.arithmetic import (
+    autocast_dtype,
+    gradients_on,
+    make_scaler,
+    tensor_float_32,
+)
+from rightbatch.training.arrivals import Feed
 from rightbatch.training.callbacks import Callback, Point, StepRecord
 from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
@@ -38,18 +44,8 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
-_COUNTS = (
-    "steps",
-    "examples",
-    "seconds",
-    "consumed",
-    "gained",
-    "first_loss",
-    "diverged",
-    "_loss_sum",
-    "_loss_count",
-)
-"""Numbers that a resumed run goes on counting from."""
+SETTLING = 100
+"""Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -69,6 +65,8 @@ class Training:
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
         ranks: The processes that train together, each with a `Training` of its own.
+        feed: Gives the windows of a stream, in place of the workload's training set, which is
+            then not read.
 
     Attributes:
         steps: Updates done.
@@ -92,6 +90,7 @@ class Training:
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
         ranks: Ranks | None = None,
+        feed: Feed | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
@@ -103,15 +102,16 @@ class Training:
         self.ranks = ranks
         self.replica: Replica | None = None
         self._watched = bool(callbacks)
+        self.feed = feed
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
-            self._smallest = smallest_pass(workload, self.model, recipe, device)
+            # A feed finds it out from its first example.
+            self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
             if ranks is not None:
                 self.replica = make_replica(
                     ranks, workload, recipe, self.model, seed, self._smallest
                 )
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._num_examples = workload.num_examples
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -128,7 +128,8 @@ class Training:
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=self._num_examples)
+        largest = self.workload.num_examples if self.feed is None else None
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=largest)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
@@ -147,12 +148,15 @@ class Training:
 
     def _reload(self) -> None:
         """Windows from the present place on."""
-        recipe = self.recipe
+        if self.feed is not None:
+            self._windows = self.feed.windows_for(self)
+            return
+        recipe, N = self.recipe, self.workload.num_examples
         windows = plan_windows(
-            self._num_examples,
+            N,
             seed=self.seed,
-            start=Place(*divmod(self.consumed, self._num_examples)),
-            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            start=Place(*divmod(self.consumed, N)),
+            batch_at=self.batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
             last_batch=recipe.last_batch,
             smallest=self._smallest,
         )
@@ -167,17 +171,32 @@ class Training:
             workers=self.workers,
         )
 
-    def _batch_at(self, consumed: int) -> int:
+    def batch_at(self, consumed: int) -> int:
+        """The global batch of the update that begins after so many examples.
+
+        Args:
+            consumed: Examples gone through before it.
+
+        Returns:
+            The batch.
+        """
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
         recipe = self.recipe
+        batch = batch_at(consumed, recipe.global_batch, recipe.batch_ramp)
+        if self.feed is not None:
+            return batch
         # Beyond the training set no batch grows, so the learning rate must not go on either.
-        largest = max(self._num_examples, recipe.global_batch)
-        return min(batch_at(consumed, recipe.global_batch, recipe.batch_ramp), largest)
+        return min(batch, max(self.workload.num_examples, recipe.global_batch))
+
+    @property
+    def _num_examples(self) -> float:
+        """Examples of a pass; infinite in the first pass of a stream."""
+        return self.workload.num_examples if self.feed is None else self.feed.num_examples
 
     @property
     def epochs(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set so far; 0 in the first pass of a stream."""
         return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
@@ -236,7 +255,9 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the horizon is reached; never without one."""
+        """Whether the horizon is reached, or a stream has ended; never without either."""
+        if self.feed is not None and self.feed.ended:
+            return True
         if self.horizon is None:
             return False
         return self.horizon.progress(self.steps, self._covered) >= 1
@@ -247,55 +268,17 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides how this training goes on; of several ranks, to be called on all.
-
-        Returns:
-            A tree of plain values and tensors; the tensors are the live ones, so copy or write
-            them before the next update.
-        """
-        replica = self.replica
-        return {
-            **(
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "random": self._random.states,
-                }
-                if replica is None
-                else replica.whole_state(self.optimizer, self._random.states)
-            ),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "noise": None if self.noise is None else self.noise.state_dict(),
-            "counts": {name: getattr(self, name) for name in _COUNTS},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        if self.replica is None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self._random.states = state["random"]
-        else:
-            self._random.states = self.replica.load_whole_state(state, self.optimizer)
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        for name in _COUNTS:
-            setattr(self, name, state["counts"][name])
+    def go_on_from_here(self) -> None:
+        """The place in the data and the optimizer were set from outside (`restore_training`)."""
         self._rates.unsettle()
-        if self.noise is not None:
-            self.noise.load_state_dict(state["noise"])
         self.close()
         self._reload()
 
     def close(self) -> None:
         """Ends the workers that fetch ahead; the training can still be looked at."""
         # Left to the garbage collector, each of them is waited for in vain for five seconds.
-        self._windows.close()
+        if isinstance(self._windows, Generator):
+            self._windows.close()
 
     def is_sound(self) -> bool:
         """Whether every weight is a finite number; a run that is not cannot be gone on with."""
@@ -325,8 +308,7 @@ class Training:
         # The caller may have switched gradients off, as a callback of an evaluation has.
         with (
             self._random.swapped_in(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            gradients_on(),
             tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
@@ -336,8 +318,11 @@ class Training:
                     break
                 if self.diverged or self._stopped or (self._scaled and self.finished):
                     break
-                window, batches = next(self._windows)
-                start = self._update(window, batches, start)
+                found = next(self._windows, None)
+                if found is None:  # of a stream: its pass is over, or the next example is not here
+                    self.consumed = self.feed.taken if self.feed else self.consumed
+                    break
+                start = self._update(*found, start)
                 if self.replica is not None and self.replica.paused:
                     break
         self._read_losses()
@@ -391,7 +376,9 @@ class Training:
             self.stop_requested = True
         self.steps += 1
         self.examples += window.size
-        reached = window.epoch * self._num_examples + window.end
+        reached = window.end
+        if window.epoch:  # 0 in a stream, whose length is infinite
+            reached += window.epoch * self.workload.num_examples
         share = (reached - self.consumed) / window.global_batch  # of a whole update
         self.gained += gain * share * self.recipe.global_batch
         self.consumed = reached
@@ -433,6 +420,8 @@ class Training:
                 continue
             if self.first_loss is None:
                 self.first_loss = loss
+            elif self.feed is not None and self.steps <= SETTLING and math.isfinite(loss):
+                self.first_loss = max(abs(self.first_loss), abs(loss))
             self._loss_sum += loss
             self._loss_count += 1
             # Not `abs(loss) > limit`, which is false of NaN.
@@ -476,6 +465,24 @@ class Training:
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
         self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    @property
+    def interval(self) -> tuple[float, int]:
+        """Sum and count of the losses since the last call of `recent_train_loss`."""
+        return self._loss_sum, self._loss_count
+
+    @interval.setter
+    def interval(self, value: tuple[float, int]) -> None:
+        self._loss_sum, self._loss_count = value
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """What dropout and the like draw from next."""
+        return self._random.states
+
+    @random_states.setter
+    def random_states(self, states: list[Tensor]) -> None:
+        self._random.states = states
 
     def evaluate(self) -> Point:
         """Evaluates on the validation set and closes the interval of the training loss.

@@ -21,6 +21,12 @@ from rightbatch.training.checkpoint import (
 )
 from rightbatch.training.distributed import Ranks
 from rightbatch.training.rates import Horizon
+from rightbatch.training.state import (
+    check_same_run,
+    describe_run,
+    restore_training,
+    training_state,
+)
 
 if TYPE_CHECKING:
     from rightbatch.training.loop import Training
@@ -196,7 +202,8 @@ class Saver:
             "settings": _SETTINGS.dump_python(self.settings, mode="json"),
             "environment": asdict(_environment_of(training)),
             "course": course,
-            "training": training.state_dict(),
+            "run": describe_run(training),
+            "training": training_state(training),
         }
         if training.ranks is None:
             self.latest = save_checkpoint(self.folder, state, steps=training.steps)
@@ -219,8 +226,8 @@ class Saver:
             What `save` was given as `course`; None without a checkpoint: the run begins.
 
         Raises:
-            UsageError: If the checkpoint is of a run with other settings.
-            CorruptStateError: If the state does not fit the model.
+            UsageError: If the checkpoint is of a run with other settings, or of another model.
+            CorruptStateError: If none can be used.
         """
         loaded = self._load(training.ranks)
         if loaded is None:
@@ -228,15 +235,9 @@ class Saver:
         for reason in loaded.skipped:
             warnings.warn(f"{reason} Going on from {loaded.path.name}.", stacklevel=3)
         self._check_settings(_read_settings(loaded.state, loaded.path), loaded.path)
+        check_same_run(loaded.state["run"], training, loaded.path)
         _warn_of_changes(Environment(**loaded.state["environment"]), _environment_of(training))
-        try:
-            training.load_state_dict(loaded.state["training"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise UsageError(
-                f"{loaded.path} does not fit workload {self.settings.workload!r}: {first_line} "
-                "Resume with the model and optimizer that the run was begun with."
-            ) from error
+        restore_training(training, loaded.state["training"])
         self.latest, self._saved_steps = loaded.path, loaded.steps
         return loaded.state["course"]
 
@@ -251,14 +252,8 @@ class Saver:
         # How examples are fetched does not change them.
         for settings in (ours, theirs):
             settings.pop("workers")
+            settings.pop("recipe")  # the state of the training says more of it
         differing = [name for name in ours if ours[name] != theirs[name]]
-        if "recipe" in differing:
-            differing.remove("recipe")
-            differing += [
-                f"recipe.{name}"
-                for name in ours["recipe"]
-                if ours["recipe"][name] != theirs["recipe"][name]
-            ]
         if differing:
             raise UsageError(
                 f"{path} is of a run with other settings ({', '.join(differing)} differ). Resume "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,9 @@ from rightbatch.laws.noise import NoiseEstimate
 from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.laws.schedule import follow_noise_scale
 
-PAUSE = 8
+PAUSE = 24
 """Updates from one draw to the next: keeps the cost below 2 % of the time."""
-DRAWS = 16
+DRAWS = 12
 """Draws of one estimate: the noise scale changes slowly, and its interval must be usable."""
 _MEMORY = 0.9
 """Of the running averages of |G|² and S, from draw to draw."""
@@ -162,7 +163,8 @@ class Draw:
         self._seen: list[int] = []
         self._factor = 1.0
         self._counts: list[float] = []
-        self._squares: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._parts: list[int] = []
 
     def __call__(self, count: float, factor: float = 1.0) -> None:
         """After a micro-batch's backward pass.
@@ -171,24 +173,30 @@ class Draw:
             count: Examples (or tokens) of it.
             factor: What `.grad` is multiplied by, the same for the whole update.
         """
-        held = [(i, p.grad) for i, p in enumerate(self._parameters) if p.grad is not None]
-        seen, summed = [i for i, _ in held], [gradient for _, gradient in held]
-        before = self._before if seen == self._seen else self._before_of(seen, summed)
-        own = torch._foreach_sub(summed, before) if before else summed
-        self._squares.append(squared_norm(own) / (count * factor) ** 2)
+        gradients = [p.grad for p in self._parameters]
+        seen = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        summed = [gradient for gradient in gradients if gradient is not None]
+        if seen != self._seen:
+            self._make_room(seen, summed)
+        # Each tensor's norm; they are put together once, since small operations are dear.
+        if self._counts:
+            torch._foreach_sub_(self._before, summed)  # the sign does not matter
+            self._norms += torch._foreach_norm(self._before)
+        else:
+            self._norms += torch._foreach_norm(summed)
+        torch._foreach_copy_(self._before, summed)
+        self._parts.append(len(summed))
         self._counts.append(count)
-        self._seen, self._factor = seen, factor
-        self._before = [gradient.clone() for gradient in summed]
+        self._factor = factor
 
-    def _before_of(self, seen: list[int], summed: list[Tensor]) -> list[Tensor]:
-        """The sums before; of parameters that this micro-batch was the first to use, zeros."""
-        if not self._before:
-            return []
+    def _make_room(self, seen: list[int], summed: list[Tensor]) -> None:
+        """For the sums of these parameters; of those that no micro-batch used before, zeros."""
         known = dict(zip(self._seen, self._before, strict=True))
-        return [
-            known[i] if i in known else torch.zeros_like(gradient)
-            for i, gradient in zip(seen, summed, strict=True)
+        self._before = [
+            known[index] if index in known else torch.zeros_like(gradient)
+            for index, gradient in zip(seen, summed, strict=True)
         ]
+        self._seen = seen
 
     def moments(self, num_examples: int) -> tuple[float, float] | None:
         """Unbiased |G|² and S, in examples also where losses count tokens.
@@ -203,8 +211,12 @@ class Draw:
         if len(self._counts) < 2:
             return None
         total = sum(self._counts)
-        squares: list[float] = torch.stack(self._squares).tolist()
-        whole = float(squared_norm(self._before)) / (total * self._factor) ** 2
+        norms = iter(torch.stack([*self._norms, *torch._foreach_norm(self._before)]).tolist())
+        squares = [
+            math.hypot(*islice(norms, parts)) ** 2 / (count * self._factor) ** 2
+            for parts, count in zip(self._parts, self._counts, strict=True)
+        ]
+        whole = math.hypot(*norms) ** 2 / (total * self._factor) ** 2
         if not math.isfinite(sum(squares) + whole):
             return None
         sizes = [count * num_examples / total for count in self._counts]
