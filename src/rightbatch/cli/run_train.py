@@ -27,6 +27,7 @@ from rightbatch.store import (
     write_record,
 )
 from rightbatch.training import Callback, Run, train
+from rightbatch.training.distributed import count_processes, is_first_process
 from rightbatch.training.loop import Training
 from rightbatch.training.run import Outcome
 from rightbatch.training.saving import read_settings
@@ -110,7 +111,7 @@ def run(
         folder = _run_directory(place, workload)
         report(f"Training {workload.name}: batch {settings['recipe'].global_batch}")
         try:
-            train(
+            finished = train(
                 workload,
                 **settings,
                 callbacks=[ending, TrainProgress(report, may_stop_early=settings["until_target"])],
@@ -118,15 +119,17 @@ def run(
                 resume=place.resume is not None,
             )
         except KeyboardInterrupt:
-            if ending.run is None:  # not even the first update: there is nothing to tell
+            finished = ending.run
+            if finished is None:  # not even the first update: there is nothing to tell
                 raise
-    finished = ending.run
-    assert finished is not None
+    code = {"complete": 0, "diverged": DivergedError.exit_code, "stopped": 130}[finished.state]
+    if not is_first_process():  # rank 0 speaks for all
+        return code
     result = _result(workload, finished, settings["seed"], folder)
     if folder is not None:
         _keep(folder, finished, result)
     output.result(lambda: _as_text(result, workload), lambda: dump_record(result, schema=SCHEMA))
-    return {"complete": 0, "diverged": DivergedError.exit_code, "stopped": 130}[finished.state]
+    return code
 
 
 class _Ending(Callback):
@@ -185,7 +188,9 @@ def _choose_recipe(choice: RecipeChoice, workload: Workload) -> Recipe:
         assert choice.batch_size is not None  # by _check_choices
         assert choice.learning_rate is not None
         batch = _read_batch(choice.batch_size, workload.num_examples)
-        recipe = Recipe(global_batch=batch, learning_rate=choice.learning_rate)
+        recipe = Recipe(
+            global_batch=batch, replicas=count_processes(), learning_rate=choice.learning_rate
+        )
     return _with_fields(recipe, choice.fields) if choice.fields else recipe
 
 
@@ -223,6 +228,8 @@ def _run_directory(place: RunChoice, workload: Workload) -> Path | None:
         return place.resume
     if not place.keep or (place.begin is None and workload.train_examples.truncated):
         return None
+    if not is_first_process():  # others keep nothing
+        return place.begin or Path("runs")
     return place.begin or make_run_directory("runs", workload.name)
 
 

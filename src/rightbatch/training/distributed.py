@@ -355,12 +355,22 @@ def join_ranks(
         raise shared from error
 
 
+def count_processes() -> int:
+    """How many processes `torchrun` started; 1 in a program that was started by itself."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, which writes and prints; true of one that is alone."""
+    return count_processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
 def _environment() -> tuple[int, int] | None:
     """Rank and number of ranks as torchrun gives them, or as the program's group has them."""
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
         return (dist.get_rank(), size) if size > 1 else None
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = count_processes()
     if size == 1:
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -429,7 +439,7 @@ def _agree_on_recipe(ranks: Ranks, recipe: Recipe) -> None:
     if recipe.replicas != ranks.size:
         error = RecipeError(
             f"recipe.replicas is {recipe.replicas}, but {ranks.size} processes train. Use "
-            f"recipe.replace(replicas={ranks.size}), or start {recipe.replicas} "
-            f"(torchrun --nproc-per-node {recipe.replicas})."
+            f"recipe.replace(replicas={ranks.size}) (--set replicas={ranks.size}), or start "
+            f"{recipe.replicas} (torchrun --nproc-per-node {recipe.replicas})."
         )
         raise ranks.raised_by_all(error)

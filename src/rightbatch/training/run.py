@@ -15,7 +15,7 @@ from torch import nn
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.callbacks import Callback, Point
-from rightbatch.training.distributed import join_ranks
+from rightbatch.training.distributed import count_processes, join_ranks
 from rightbatch.training.interrupt import StopOnSignal
 from rightbatch.training.loop import Training
 from rightbatch.training.preflight import check_accumulation
@@ -134,6 +134,11 @@ def train(
             raise UsageError(
                 "The data are a stream, whose place cannot be found again, so the run cannot be "
                 "resumed. Leave run_directory out, or use OnlineLearner, which can be saved."
+            )
+        if count_processes() > 1:
+            raise UsageError(
+                f"The data are a stream, which {count_processes()} processes cannot divide among "
+                "themselves. Start the program without torchrun, or give a data set with a length."
             )
         return train_epochs(
             workload,

@@ -18,26 +18,29 @@ def training_state(training: Training) -> dict[str, Any]:
     """Everything that the next update depends on, beside workload, recipe and seed.
 
     Args:
-        training: Between two advances. Of several ranks, all must call this.
+        training: Between two advances.
 
     Returns:
-        A tree for `save_checkpoint`. Tensors share the training's memory.
+        A tree for `save_checkpoint`. Tensors share the training's memory. Of several ranks, all
+        must call this, and what rank 0 gets is to be saved.
     """
-    noise, scaler, replica = training.noise, training.scaler, training.replica
-    if replica is None:
-        own = {
-            "model": training.model.state_dict(),
-            "optimizer": training.optimizer.state_dict(),
-            "random": training.random_states,
-        }
-    else:
-        own = replica.whole_state(training.optimizer, training.random_states)
+    noise, scaler = training.noise, training.scaler
     return {
-        **own,
+        **_tensors_of(training),
         "scaler": None if scaler is None else scaler.state_dict(),
         "noise": None if noise is None else noise.state_dict(),
         "counters": {name: getattr(training, name) for name in _COUNTERS},
         "interval": list(training.interval),
+    }
+
+
+def _tensors_of(training: Training) -> dict[str, Any]:
+    if training.replica is not None:
+        return training.replica.whole_state(training.optimizer, training.random_states)
+    return {
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "random": training.random_states,
     }
 
 
