@@ -175,33 +175,43 @@ def test_the_batch_rises_with_the_root_of_the_noise_scale(risen: Training) -> No
     assert batches[-1] > 60
 
 
-def test_resumed_from_its_state_it_goes_on_as_it_would_have(risen: Training) -> None:
-    other = Training(risen.workload, risen.recipe)
-    restore_training(other, training_state(risen))
-    whole = risen.fork(risen.recipe)
-    assert whole.noise is not None
-    assert risen.noise is not None
-    whole.noise.load_state_dict(risen.noise.state_dict())
-    for run in (whole, other):
-        run.advance(PAUSE * DRAWS * 2)
-    assert whole.noise.state_dict() == (other.noise and other.noise.state_dict())
-    for one, two in zip(whole.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(one, two)
+RISING = follow(20, 5, learning_rate=0.004, largest_batch=100)
+HALF = PAUSE * DRAWS + 50
 
 
-def test_workers_that_fetch_ahead_see_the_rise() -> None:
-    workload = regression(600, noise=1.0)
-    runs = [
-        Training(workload, follow(20, 5, learning_rate=0.004, largest_batch=100), workers=workers)
-        for workers in (0, 1)
-    ]
-    for run in runs:
-        run.advance(PAUSE * DRAWS * 2 + 9)
-    assert runs[0].noise is not None
-    assert runs[0].noise.batch is not None, "it never rose: nothing was tested"
-    assert runs[0].consumed == runs[1].consumed
-    for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
-        assert torch.equal(one, other)
+@pytest.fixture(scope="module")
+def whole() -> Training:
+    """Two estimates, of which the second lets the batch rise."""
+    training = Training(regression(600, noise=1.0), RISING)
+    training.advance(2 * HALF)
+    assert training.noise is not None
+    assert training.noise.batch is not None
+    assert training.noise.batch > 20, "it never rose: nothing is tested"
+    return training
+
+
+def same_training(one: Training, other: Training) -> None:
+    assert one.consumed == other.consumed
+    assert one.noise is not None
+    assert other.noise is not None
+    assert one.noise.state_dict() == other.noise.state_dict()
+    for ours, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_resumed_from_its_state_it_goes_on_as_it_would_have(whole: Training) -> None:
+    """Stopped between the two estimates: what the second refers to is kept."""
+    first, second = (Training(whole.workload, RISING) for _ in range(2))
+    first.advance(HALF)
+    second.load_state_dict(first.state_dict())
+    second.advance(HALF)
+    same_training(second, whole)
+
+
+def test_workers_that_fetch_ahead_see_the_rise(whole: Training) -> None:
+    fetched = Training(whole.workload, RISING, workers=1)
+    fetched.advance(2 * HALF)
+    same_training(fetched, whole)
 
 
 def test_the_batch_stops_at_the_largest_and_never_falls() -> None:

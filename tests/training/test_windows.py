@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -116,6 +116,7 @@ def test_drop_ends_every_epoch_with_its_last_update(num_examples: int, choices: 
 
 
 @given(sizes_of_sets, st.lists(batches, min_size=1, max_size=6), st.integers(1, 2))
+@example(7, [3], 2)
 @settings(deadline=None)
 def test_pad_repeats_the_epochs_first(num_examples: int, choices: list[int], smallest: int) -> None:
     order = epoch_order(num_examples, seed=3, epoch=0).tolist()
@@ -244,6 +245,22 @@ def test_rows_gathered_ahead_are_those_gathered_one_by_one(data: Any) -> None:
             assert len(ahead) == len(direct)
             for one, other in zip(ahead, direct, strict=True):
                 assert equal(one, other)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_rows_of_a_window_that_crosses_a_blocks_end(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 33 rows, windows from 1 on: some hold rows of two blocks."""
+    monkeypatch.setattr(rows_ahead, "AHEAD_BYTES", 33 * 8)
+    source = TensorExamples(torch.arange(100))
+    share = Share(micro_batch=4)
+    rows = RowsAhead(source, share)
+    windows = one_epoch(100, lambda consumed: batch if consumed else 1)
+    assert any(w.start // 33 != (w.start + w.size - 1) // 33 for w in windows)
+    for window in windows:
+        (ahead,) = rows.batches(window)
+        assert ahead.tolist() == window.indices.tolist()
 
 
 def equal(one: Any, other: Any) -> bool:
