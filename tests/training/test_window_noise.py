@@ -203,7 +203,7 @@ def test_resumed_from_its_state_it_goes_on_as_it_would_have(whole: Training) -> 
     """Stopped between the two estimates: what the second refers to is kept."""
     first, second = (Training(whole.workload, RISING) for _ in range(2))
     first.advance(HALF)
-    second.load_state_dict(first.state_dict())
+    restore_training(second, training_state(first))
     second.advance(HALF)
     same_training(second, whole)
 
