@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.training import OnlineLearner as OnlineLearner
     from rightbatch.training import Run as Run
+    from rightbatch.training import Watch as Watch
     from rightbatch.training import train as train
     from rightbatch.training import train_stream as train_stream
     from rightbatch.workload import Workload as Workload
@@ -34,6 +35,7 @@ _HOME = {
     "Plan": "rightbatch.plan",
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
+    "Watch": "rightbatch.training",
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
@@ -56,6 +58,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Run",
+    "Watch",
     "Workload",
     "accuracy",
     "check_workload",

@@ -24,6 +24,11 @@ def test_a_zig_zag_is_as_rough_as_it_has_steps(num_steps: int) -> None:
     assert path_roughness([5.0 + i % 2 for i in range(num_steps + 1)]) == num_steps
 
 
+def test_the_ends_of_the_floats() -> None:
+    assert path_roughness([-1.7e308, 1.7e308, -1.7e308]) == 2
+    assert path_roughness([0.0, 5e-324, 0.0, 5e-324]) == 3
+
+
 def test_there_and_back_is_two() -> None:
     turns = np.linspace(0, 4 * np.pi, 4001)
     assert path_roughness([0, 1, 2, 1, 0]) == 2

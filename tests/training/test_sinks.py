@@ -265,6 +265,8 @@ def test_a_hung_writer_is_waited_for_a_moment_only(connect: Any, said: Any, plai
     start = time.perf_counter()
     run = train(make(), RECIPE, epochs=4, callbacks=[sink])
     took = time.perf_counter() - start
+    hung = [thread for thread in threading.enumerate() if thread.name.endswith(" sink")]
+    assert hung and all(thread.daemon for thread in hung)  # else the process could not end
     release.set()
     assert took < 5
     assert torch.equal(flat(run), flat(plain)) and run.history == plain.history
@@ -307,7 +309,11 @@ def test_warnings_that_are_errors_stop_nothing(connect: Any) -> None:
     train(make(), RECIPE, epochs=1, callbacks=[connect(Backend(on_open=fail))])
 
 
-def test_a_run_that_ends_with_an_error_is_closed_at_exit(connect: Any) -> None:
+def test_a_run_that_ends_with_an_error_is_closed_at_exit(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(sink_module.atexit, "register", at_exit.append)
     backend = Backend()
     sink = connect(backend)
     workload = make()
@@ -319,7 +325,8 @@ def test_a_run_that_ends_with_an_error_is_closed_at_exit(connect: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(workload, RECIPE, epochs=1, callbacks=[sink, Raise()])
     assert not backend.closed
-    sink.close()  # as at exit
+    (close,) = at_exit
+    close()
     assert backend.closed
     assert any("evaluation/val_loss" in values for values, _ in backend.points)
 

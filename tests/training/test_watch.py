@@ -90,6 +90,12 @@ def test_paths_distances_and_norms_are_those_of_the_plain_way() -> None:
     )
 
 
+def test_a_distance_is_measured_once_where_an_evaluation_and_the_interval_meet() -> None:
+    watch = Watch(distance_every=11)
+    train(make(), recipe(), epochs=3, callbacks=[watch])
+    assert [distance.step for distance in watch.distances] == [0, 11, 22, 33]
+
+
 def test_watching_does_not_change_a_bit() -> None:
     plain = train(make(), recipe(), epochs=2, seed=1)
     watched = train(
