@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from rightbatch import Recipe, Workload, train
 from rightbatch.errors import RecipeError, ReplicaOutOfMemoryError
-from rightbatch.training import Training, saving
+from rightbatch.training import Training, saving, window_noise
 from rightbatch.training.callbacks import Callback, Point
 from rightbatch.training.distributed import join_ranks
-from rightbatch.training.window_noise import DRAWS, PAUSE
+from rightbatch.training.window_noise import PAUSE
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -499,21 +499,28 @@ def test_the_ranks_gradients_give_the_noise_scale(
         largest_batch=32, learning_rate=1e-3,
     )  # fmt: skip
 
-    def call() -> tuple[float, float, int]:
-        with training(gaussian(), recipe) as run:
-            run.advance(2 * PAUSE * DRAWS)
-            assert run.noise is not None and run.noise.latest is not None
-            moments = run.noise.running_moments
-            latest = run.noise.latest
-            assert moments is not None
-            sums = [latest.gradient_norm_squared.value, latest.trace.value]
-            return sums[0] or 0, sums[1] or 0, latest.noise_scale.n
+    def call() -> Tensor:
+        draws: list[Any] = []
+        before, window_noise.PAUSE = window_noise.PAUSE, 1
+        try:
+            with training(gaussian(), recipe) as run:
+                assert run.noise is not None
+                add = run.noise.add
+                run.noise.add = lambda draw, n: [draws.append(draw.moments(n)), add(draw, n)][1]
+                run.advance(400)
+        finally:
+            window_noise.PAUSE = before
+        return torch.tensor(draws, dtype=torch.float64)
 
     first, second = pair.both(call)
-    assert first == second
-    assert first[2] == DRAWS
-    assert 1.0 < first[0] < 3.4
-    assert 20 < first[1] < 46
+    assert torch.equal(first, second)
+    assert len(first) == 400
+    error = first.std(0) / 20
+    assert bool(((first.mean(0) - torch.tensor([2.0, 32.0])).abs() < 4 * error).all()), first.mean(
+        0
+    )
+    assert error[0] < 0.1
+    assert error[1] < 1.5
 
 
 def test_the_batch_follows_the_noise_alike_on_all_ranks(pair: Pair) -> None:
