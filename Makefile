@@ -1,7 +1,8 @@
 # Two commands on a fresh Linux machine with Python ≥ 3.11:
 #   make demo   sets everything up and runs the main job on the digits data
 #   make test   sets everything up and checks everything
-# `make check` is the fast part for a developer; `make slow` and `make bench` take long.
+# `make check` is the fast part for a developer; `make slow`, `make faults` and `make bench` take
+# long.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,14 +12,14 @@ STAMP := $(VENV)/.installed
 # One thread per process: the same numbers on every run, and tests that run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check slow bench clean
+.PHONY: demo test check slow faults bench clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	$(BIN)/python -m rightbatch.demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not faults"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -28,6 +29,9 @@ check: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest -m faults -s
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/regret.py

@@ -28,6 +28,12 @@ Captured = pytest.CaptureFixture[str]
 TRAIN = ["train", "max3", "--batch-size", "100", "--learning-rate", "0.3", "--epochs", "2"]
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are kept in ./runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 def start(*arguments: str, **changes: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "rightbatch", *arguments],
@@ -322,7 +328,8 @@ def test_training_with_the_recipe_of_a_plan(tmp_path: Path, capsys: Captured) ->
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_it_within_a_second(number: signal.Signals, code: int) -> None:
     process = start(
-        "train", "digits", "--batch-size", "1", "--learning-rate", "0.01", "--epochs", "1000"
+        *("train", "digits", "--batch-size", "1", "--learning-rate", "0.01", "--epochs", "1000"),
+        "--no-run",
     )
     assert process.stderr is not None
     for line in process.stderr:

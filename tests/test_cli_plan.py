@@ -34,6 +34,12 @@ def plan() -> Plan:
     return make_plan(rightbatch.load_workload("max3"), effort="race", memory_limit="1GiB")
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are kept in ./runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 def race_of(plan: Plan) -> RaceRecord:
     assert plan.evidence.race is not None
     return plan.evidence.race

@@ -59,6 +59,7 @@ def test_the_commands_are_understood(
         monkeypatch.setattr(f"rightbatch.cli.{module}.{function}", note)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.json").touch()
+    (tmp_path / "my-run").mkdir()
     arguments = shlex.split(command, comments=True)[1:]
     assert main(arguments) == 0
     assert called or arguments == ["workloads"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +11,8 @@ from torch.nn import functional as F
 
 from rightbatch.recipe import Recipe
 from rightbatch.training import Training
+from rightbatch.training.watch import Watch
+from rightbatch.training.watched_weight import weight_name
 from rightbatch.workload import Workload
 
 LEARNING_RATE = 1e-3
@@ -94,7 +94,7 @@ def make_ours(workload: Workload, global_batch: int) -> Advance:
 
 
 def make_watching(workload: Workload, global_batch: int) -> Advance:
-    """Our training loop with one number of the first parameter watched at every step.
+    """Our training loop with the records and the path of one weight of the last layer.
 
     Args:
         workload: Any.
@@ -102,19 +102,12 @@ def make_watching(workload: Workload, global_batch: int) -> Advance:
 
     Returns:
         Does a number of updates; goes on where it stopped.
-
-    Raises:
-        SkippedRowError: While the training loop has no callbacks.
     """
-    if "callbacks" not in inspect.signature(Training).parameters:
-        raise SkippedRowError("rightbatch.training takes no callbacks yet")
-    try:
-        watching: Any = importlib.import_module("rightbatch.training.watch")
-    except ImportError as error:
-        raise SkippedRowError(f"no rightbatch.training.watch: {error}") from error
-    name, _ = next(workload.build_model(0).named_parameters())
-    callbacks: Any = {"callbacks": [watching.Watch(weights=[f"{name}[0]"])]}
-    return Training(workload, _recipe(global_batch), seed=0, **callbacks).advance
+    name, parameter = list(workload.build_model(0).named_parameters())[-1]
+    watch = Watch(weights=[weight_name(name, [0] * parameter.ndim)])
+    training = Training(workload, _recipe(global_batch), seed=0, callbacks=[watch])
+    watch.on_start(training)
+    return training.advance
 
 
 def _recipe(global_batch: int) -> Recipe:

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.training import OnlineLearner as OnlineLearner
     from rightbatch.training import Run as Run
     from rightbatch.training import train as train
+    from rightbatch.training import train_stream as train_stream
     from rightbatch.workload import Workload as Workload
     from rightbatch.workload import accuracy as accuracy
     from rightbatch.workload import check_workload as check_workload
 
 _HOME = {
+    "OnlineLearner": "rightbatch.training",
     "Plan": "rightbatch.plan",
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
@@ -45,9 +48,11 @@ _HOME = {
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
+    "train_stream": "rightbatch.training",
 }
 
 __all__ = [
+    "OnlineLearner",
     "Plan",
     "Recipe",
     "Run",
@@ -65,6 +70,7 @@ __all__ = [
     "scale_learning_rate",
     "split_batch",
     "train",
+    "train_stream",
 ]
 
 

@@ -8,7 +8,10 @@ RightbatchError
 ├── NoBatchFitsError         not even one example fits in memory (exit 3)
 ├── DivergedError            the loss became NaN, infinite or exploded (exit 4)
 ├── CorruptStateError        a file is not what was written (exit 5)
-└── ProbeError               a measurement failed for another reason than memory (exit 1)
+├── ProbeError               a measurement failed for another reason than memory (exit 1)
+└── ReplicaError             a data-parallel worker failed; all of them raise it (exit 1)
+    ├── ReplicaVanishedError     it left no word: killed, or cut off
+    └── ReplicaOutOfMemoryError  it ran out of memory (exit 3)
 
 Each message says the fact, the value received, and what to do.
 """
@@ -71,3 +74,17 @@ class CorruptStateError(RightbatchError):
 
 class ProbeError(RightbatchError):
     """A measurement could not be made, for another reason than memory."""
+
+
+class ReplicaError(RightbatchError):
+    """A data-parallel worker failed. Every worker raises this, whichever of them it was."""
+
+
+class ReplicaVanishedError(ReplicaError):
+    """A data-parallel worker left without a word: it was killed, or its connection was cut."""
+
+
+class ReplicaOutOfMemoryError(ReplicaError, MemoryError):
+    """A data-parallel worker ran out of memory."""
+
+    exit_code: ClassVar[int] = 3

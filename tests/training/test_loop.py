@@ -64,7 +64,7 @@ def test_every_example_is_seen_once_an_epoch_the_last_window_smaller() -> None:
     workload = make(
         loss=None, compute_loss=compute_loss, train_data=data, val_data=None, metric=None
     )
-    train(workload, recipe(50, micro_batch=25), epochs=1)
+    train(workload, recipe(50, micro_batch=25), epochs=1, preflight=False)
     assert [len(part) for part in seen] == [25, 25, 25, 25, 5]
     assert sorted(torch.cat(seen).tolist()) == list(range(105))
     assert torch.cat(seen).tolist() == epoch_order(105, seed=0, epoch=0).tolist()
@@ -304,3 +304,15 @@ def test_the_training_loss_is_the_mean_since_the_last_evaluation() -> None:
     run = train(make(loss=loss, val_data=None, metric=None), recipe(), steps=10, evaluate_every=5)
     assert run.history[0].train_loss == pytest.approx(sum(losses[:5]) / 5, rel=1e-5)
     assert run.history[1].train_loss == pytest.approx(sum(losses[5:]) / 5, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- pre-flight
+
+
+def test_a_batch_norm_that_is_accumulated_is_warned_of_before_training() -> None:
+    normed = make(make_model=lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+    with pytest.warns(UserWarning, match=r"4 × 8 is not the same as 32.*BatchNorm1d"):
+        train(normed, recipe(32, micro_batch=8), steps=1)
+    # None for the whole batch, or where it was asked for not to look.
+    train(normed, recipe(32), steps=1)
+    train(normed, recipe(32, micro_batch=8), steps=1, preflight=False)

@@ -260,8 +260,8 @@ def test_batch_norm_is_named_with_its_size_and_remedy() -> None:
     assert result.warning == (
         "Accumulating 4 × 8 is not the same as 32 here: the gradients of 2 × 8 examples and of "
         f"16 at once differ by {100 * result.difference:.3g} %, because layer 1 (BatchNorm1d) "
-        "averages over the micro-batch. Use one micro-batch, GroupNorm, or use_ghost_norm(model, "
-        "ghost_batch=8), with which every size sees the same."
+        "averages over the micro-batch. Use one micro-batch, GroupNorm, or ghost_batch=8 "
+        "in the recipe, with which every size sees the same."
     )
 
 
@@ -542,3 +542,9 @@ def test_the_record_is_frozen() -> None:
     with pytest.raises(AttributeError):
         result.agrees = False  # pyright: ignore[reportAttributeAccessIssue]
     assert preflight.Preflight is type(result)
+
+
+def test_the_ghost_batch_of_the_recipe_counts() -> None:
+    ghostly = RECIPE.replace(ghost_batch=8)
+    assert not check_accumulation(make(make_model=mlp(batch_norm)), RECIPE).agrees
+    agrees(check_accumulation(make(make_model=mlp(batch_norm)), ghostly))

@@ -22,6 +22,7 @@ from rightbatch.laws.linear_regression import (
 from rightbatch.laws.noise import make_gradient_sample, micro_batch_moments
 from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.training import Training, window_noise
+from rightbatch.training.state import restore_training, training_state
 from rightbatch.training.step import compute_gradients
 from rightbatch.training.window_noise import DRAWS, PAUSE, Draw, WindowNoise
 
@@ -202,7 +203,7 @@ def test_resumed_from_its_state_it_goes_on_as_it_would_have(whole: Training) -> 
     """Stopped between the two estimates: what the second refers to is kept."""
     first, second = (Training(whole.workload, RISING) for _ in range(2))
     first.advance(HALF)
-    second.load_state_dict(first.state_dict())
+    restore_training(second, training_state(first))
     second.advance(HALF)
     same_training(second, whole)
 
@@ -314,7 +315,7 @@ def test_one_update_in_24_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     whole = window_noise.WindowNoise.observer
 
-    def watched(self: WindowNoise, steps: int, optimizer: Any) -> Draw | None:
+    def watched(self: WindowNoise, steps: int, optimizer: Any) -> Any:
         found = whole(self, steps, optimizer)
         looked.extend([steps] if found else [])
         return found

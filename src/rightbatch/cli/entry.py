@@ -10,6 +10,7 @@ import atexit
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     interruption = _Interruption()
-    with _signals_raise(interruption):
+    with _signals_raise(interruption), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         code = _run(arguments)
     # A command that was interrupted may still have printed what it had, and ended well.
     if interruption.exit_code and code == 0:
@@ -91,6 +93,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     if result == 130:  # Typer itself turns KeyboardInterrupt into this.
         _say("Interrupted.")
     return result if isinstance(result, int) else 0
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """A warning is a sentence for the user; where in the code it was raised is not."""
+    _say(f"warning: {message}")
 
 
 def _say(message: str) -> None:

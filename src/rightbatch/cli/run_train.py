@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.table import make_table, wrap
+from rightbatch.cli.train_progress import TrainProgress
 from rightbatch.cli.units import show_number, show_seconds
 from rightbatch.errors import DivergedError, UsageError
 from rightbatch.recipe import Recipe
@@ -106,13 +107,13 @@ def run(
         report(f"Checking {reference}")
         workload = open_workload(reference, options["device"], threads)
         settings = _settings(recipe, place, workload, options)
-        folder = _run_directory(place, workload) if place.keep else None
+        folder = _run_directory(place, workload)
         report(f"Training {workload.name}: batch {settings['recipe'].global_batch}")
         try:
             train(
                 workload,
                 **settings,
-                callbacks=[ending],
+                callbacks=[ending, TrainProgress(report, may_stop_early=settings["until_target"])],
                 run_directory=folder,
                 resume=place.resume is not None,
             )
@@ -216,9 +217,12 @@ def _split_of(changes: dict[str, Any]) -> dict[str, Any]:
     return {name: changes[name] for name in names if isinstance(changes.get(name), int)}
 
 
-def _run_directory(place: RunChoice, workload: Workload) -> Path:
+def _run_directory(place: RunChoice, workload: Workload) -> Path | None:
+    """Where the run is kept; a stream's only where that was asked for, and is then refused."""
     if place.resume is not None:
         return place.resume
+    if not place.keep or (place.begin is None and workload.train_examples.truncated):
+        return None
     return place.begin or make_run_directory("runs", workload.name)
 
 

@@ -15,8 +15,8 @@ def get_random_states(device: str | torch.device) -> list[Tensor]:
     Returns:
         One or two states; dropout on CUDA draws from the second.
     """
-    states = [torch.random.get_rng_state()]
-    if torch.device(device).type == "cuda":
+    states = [torch.default_generator.get_state()]
+    if device != "cpu" and torch.device(device).type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
 
@@ -28,7 +28,7 @@ def set_random_states(states: list[Tensor], device: str | torch.device) -> None:
         states: What it returned.
         device: Where a training runs.
     """
-    torch.random.set_rng_state(states[0])
+    torch.default_generator.set_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
 

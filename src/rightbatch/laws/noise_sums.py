@@ -35,10 +35,30 @@ def group_moments(
     """
     if len(sizes) < 2:
         raise ValueError("One gradient says nothing about noise; give at least two.")
-    n = math.fsum(sizes)
     total = math.fsum(b * square for b, square in zip(sizes, squared_norms, strict=True))
-    trace = max(total - n * mean_squared, 0.0) / (len(sizes) - 1)
-    return mean_squared - trace / n, trace
+    return summed_moments(total, len(sizes), math.fsum(sizes), mean_squared)
+
+
+def summed_moments(
+    weighted_squares: float, num_groups: int, num_examples: float, mean_squared: float
+) -> tuple[float, float]:
+    """`group_moments` from sums over the micro-batches, which is all that ranks must exchange.
+
+    Args:
+        weighted_squares: Σ_k b_k|g_k|².
+        num_groups: K, at least 2.
+        num_examples: n = Σ_k b_k.
+        mean_squared: |ḡ|² of the whole update's.
+
+    Returns:
+        |G|², negative or not, and S.
+
+    Example:
+        >>> summed_moments(10.0, 2, 4.0, 2.0)
+        (1.5, 2.0)
+    """
+    trace = max(weighted_squares - num_examples * mean_squared, 0.0) / (num_groups - 1)
+    return mean_squared - trace / num_examples, trace
 
 
 @dataclass(frozen=True, kw_only=True)

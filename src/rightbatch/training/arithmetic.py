@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from rightbatch.recipe import Precision
 
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NOTHING = nullcontext()
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
@@ -34,8 +35,7 @@ def make_scaler(precision: Precision, device: str | torch.device) -> GradScaler 
     return GradScaler(torch.device(device).type) if precision == "float16" else None
 
 
-@contextmanager
-def tensor_float_32(allowed: bool, device: str | torch.device) -> Iterator[None]:
+def tensor_float_32(allowed: bool, device: str | torch.device) -> AbstractContextManager[None]:
     """Allows TensorFloat-32 products and convolutions within a block, or forbids them.
 
     These are flags of the process, and its own settings come back at the end: a recipe gives the
@@ -45,12 +45,14 @@ def tensor_float_32(allowed: bool, device: str | torch.device) -> Iterator[None]
         allowed: Whether they may be used.
         device: Where a training runs; only CUDA has them.
 
-    Yields:
-        Nothing.
+    Returns:
+        The block's context.
     """
-    if torch.device(device).type != "cuda":
-        yield
-        return
+    return _setting_flags(allowed) if torch.device(device).type == "cuda" else _NOTHING
+
+
+@contextmanager
+def _setting_flags(allowed: bool) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     newer = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     before = [backend.fp32_precision for backend in newer]
@@ -74,3 +76,20 @@ def _older_flags() -> tuple[str, bool] | None:
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:
         return None
+
+
+def gradients_on() -> AbstractContextManager[None]:
+    """A block in which gradients are recorded, whatever the caller has switched off.
+
+    Returns:
+        The block's context.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _NOTHING  # entering the two below costs 3 % of a small step
+    return _switching_gradients_on()
+
+
+@contextmanager
+def _switching_gradients_on() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, overload
 
 if TYPE_CHECKING:
     from rightbatch.training.loop import Training
@@ -33,6 +33,34 @@ class StepRecord(NamedTuple):
     loss: float
     gradient_norm: float
     seconds: float
+
+
+class StepRecords(Sequence[StepRecord]):
+    """Some updates' records, in order; each is made when it is looked at.
+
+    Args:
+        columns: One per field of `StepRecord`, all of the same length.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[Any]]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @overload
+    def __getitem__(self, index: int) -> StepRecord: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> StepRecords: ...
+
+    def __getitem__(self, index: int | slice) -> StepRecord | StepRecords:
+        if isinstance(index, slice):
+            return StepRecords([column[index] for column in self.columns])
+        return StepRecord(*[column[index] for column in self.columns])
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return map(StepRecord._make, zip(*self.columns, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +92,13 @@ class Callback(Protocol):
 
     A callback may read the training, and set `training.stop_requested`. It is called on the
     training's own thread, so what it raises ends the training.
+
+    Attributes:
+        needs_gradient_norm: Whether it reads the gradient's norm. Where no callback does, it is
+            not measured, and is NaN in the records: it is most of what watching costs.
     """
+
+    needs_gradient_norm: bool = True
 
     def on_start(self, training: Training) -> None:
         """Before the first update of this process."""
@@ -72,7 +106,7 @@ class Callback(Protocol):
     def on_step(self, training: Training) -> None:
         """After each update. Keep it short; on a GPU, reading a value waits for the device."""
 
-    def on_records(self, training: Training, records: Sequence[StepRecord]) -> None:
+    def on_records(self, training: Training, records: StepRecords) -> None:
         """Some updates' records, in order: several at a time, since reading losses takes time."""
 
     def on_evaluation(self, training: Training, point: Point) -> None:
@@ -80,3 +114,9 @@ class Callback(Protocol):
 
     def on_end(self, training: Training, run: Run) -> None:
         """After the last update, however the run ended."""
+
+
+def reads_norms(callback: Callback) -> bool:
+    """Whether a callback is given records, and reads the gradient's norm in them."""
+    given_records = type(callback).on_records is not Callback.on_records
+    return given_records and callback.needs_gradient_norm

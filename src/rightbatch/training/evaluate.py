@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -44,10 +46,24 @@ def evaluate(
     Returns:
         Loss and metric, averaged over examples (over tokens where the workload counts them).
     """
+    with evaluating(model):
+        return _evaluate(workload, model, examples, device, max_batch)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; the mode of every module is put back.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _evaluate(workload, model, examples, device, max_batch)
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -60,26 +76,56 @@ def _evaluate(
     device: str | torch.device,
     max_batch: int,
 ) -> Evaluation:
-    has_metric = workload.loss is not None and workload.metric is not None
     loss_total, loss_count, metric_total = 0.0, 0.0, 0.0
     for indices in torch.arange(examples.num_examples).split(max_batch):
-        batch = to_device(examples.batch(indices), device)
-        if workload.loss is not None and workload.metric is not None:
-            inputs, targets = batch
-            outputs = model(inputs)
-            count = count_terms(targets)
-            if count == 0:  # Padding alone: means over nothing are no numbers.
-                continue
-            loss_sum = workload.loss(outputs, targets) * count
-            metric_total += float(workload.metric(outputs, targets)) * count
-        else:
-            loss_sum, count = workload.loss_sum(model, batch)
-        loss_total += float(loss_sum)
-        loss_count += float(count)
+        sums = measure_batch(workload, model, to_device(examples.batch(indices), device))
+        loss_total += sums.loss
+        loss_count += sums.terms
+        metric_total += sums.metric
     return Evaluation(
         loss=loss_total / loss_count,
-        metric=metric_total / loss_count if has_metric else None,
+        metric=metric_total / loss_count if has_metric(workload) else None,
     )
+
+
+class Sums(NamedTuple):
+    """Loss and metric summed over the terms of a batch, and the count of terms."""
+
+    loss: float
+    metric: float
+    terms: float
+
+
+_NOTHING = Sums(0.0, 0.0, 0.0)
+
+
+def has_metric(workload: Workload) -> bool:
+    """Whether a metric can be evaluated: a batch must be (inputs, targets)."""
+    return workload.loss is not None and workload.metric is not None
+
+
+def measure_batch(workload: Workload, model: nn.Module, batch: Any) -> Sums:
+    """Loss and metric of one batch, with the model as it is.
+
+    Args:
+        workload: Says how they are computed.
+        model: The model; gradients and its mode are the caller's to set.
+        batch: The batch, on the model's device.
+
+    Returns:
+        Sums; the metric's is 0 where there is none.
+    """
+    if workload.loss is None or workload.metric is None:
+        loss_sum, count = workload.loss_sum(model, batch)
+        # Padding alone: means over nothing are no numbers.
+        return Sums(float(loss_sum), 0.0, float(count)) if count > 0 else _NOTHING
+    inputs, targets = batch
+    outputs = model(inputs)
+    count = count_terms(targets)
+    if count == 0:
+        return _NOTHING
+    loss, metric = workload.loss(outputs, targets), workload.metric(outputs, targets)
+    return Sums(float(loss * count), float(metric) * count, count)
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def load_windows(
     seed: int,
     device: str | torch.device,
     workers: int = 0,
-) -> Iterator[tuple[Window, list[Any]]]:
+) -> Generator[tuple[Window, list[Any]]]:
     """Windows with their micro-batches, on the device.
 
     Args:

@@ -8,26 +8,41 @@ recipe, the seed and the horizon, not on how it was cut into pieces.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rightbatch.errors import RecipeError
 from rightbatch.laws.efficiency import adascale_gain
 from rightbatch.laws.schedule import batch_at
 from rightbatch.recipe import Recipe
-from rightbatch.training.arithmetic import autocast_dtype, make_scaler, tensor_float_32
-from rightbatch.training.callbacks import Callback, Point, StepRecord
+from rightbatch.training.arithmetic import (
+    autocast_dtype,
+    gradients_on,
+    make_scaler,
+    tensor_float_32,
+)
+from rightbatch.training.arrivals import Feed
+from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms
+from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
+from rightbatch.training.norms import (
+    Measured,
+    gradients_of,
+    norms_of_kept,
+    norms_of_parts,
+    parameters_to_keep,
+)
 from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.rank_noise import RankDraw
 from rightbatch.training.rates import Horizon, Rates, group_settings
+from rightbatch.training.replica import Replica, first_evaluation, make_replica
 from rightbatch.training.step import StepResult, optimizer_step
 from rightbatch.training.window_noise import WindowNoise
 from rightbatch.training.windows import Place, Window, plan_windows
@@ -35,18 +50,8 @@ from rightbatch.workload import Workload
 
 EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
-_COUNTS = (
-    "steps",
-    "examples",
-    "seconds",
-    "consumed",
-    "gained",
-    "first_loss",
-    "diverged",
-    "_loss_sum",
-    "_loss_count",
-)
-"""Numbers that a resumed run goes on counting from."""
+SETTLING = 100
+"""Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
 _RECORDS = 16
 """Updates whose records are read together."""
 
@@ -65,6 +70,9 @@ class Training:
         horizon: The length of the whole run, for schedules that need it.
         callbacks: What watches it.
         workers: Processes that fetch examples ahead.
+        feed: Gives the windows of a stream, in place of the workload's training set, which is
+            then not read.
+        ranks: The processes that train together, each with a `Training` of its own.
 
     Attributes:
         steps: Updates done.
@@ -73,7 +81,8 @@ class Training:
             Those that padding repeats are not counted, those that `drop` leaves out are.
         seconds: Wall time of the updates.
         diverged: Whether the loss left the numbers.
-        stop_requested: Set by a callback or a signal: no further update is begun.
+        stop_requested: Set by a callback or a signal: no further update is begun. Of several ranks
+            one is enough; they do one more update, in which all of them learn of it.
     """
 
     def __init__(
@@ -86,19 +95,30 @@ class Training:
         horizon: Horizon | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
+        feed: Feed | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.workload = workload
         self.recipe = recipe
         self.seed = seed
         self.device = device
         self.horizon = horizon
-        self.callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks) if ranks is None or ranks.rank == 0 else ()
         self.workers = workers
+        self.feed = feed
+        self.ranks = ranks
+        self.replica: Replica | None = None
+        # Shards know the norm of a gradient only together, so that all ranks measure it.
+        self._watched = any(reads_norms(callback) for callback in callbacks)
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
+            # A feed finds it out from its first example.
+            self._smallest = 1 if feed else smallest_pass(workload, self.model, recipe, device)
+            if ranks is not None:
+                self.replica = make_replica(
+                    ranks, workload, recipe, self.model, seed, self._smallest
+                )
             self.optimizer = workload.make_optimizer(self.model.parameters(), recipe.learning_rate)
-        self._num_examples = workload.num_examples
-        self._smallest = smallest_pass(workload, self.model, recipe, device)
         self.scaler = make_scaler(recipe.precision, device)
         self.steps = 0
         self.examples = 0
@@ -109,19 +129,23 @@ class Training:
         self.first_loss: float | None = None
         self.gained = 0.0
         self._loss_sum, self._loss_count = 0.0, 0
-        self._random = OwnRandomState(seed, device)
+        self._random = OwnRandomState(seed if ranks is None else ranks.own_seed(seed), device)
         self._begin()
 
     def _begin(self) -> None:
         """What follows from the recipe and the place, and is made anew when either is changed."""
         self._autocast = autocast_dtype(self.recipe.precision)
-        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=self._num_examples)
+        largest = self.workload.num_examples if self.feed is None else None
+        self._rates = Rates(self.optimizer, self.recipe, self.horizon, largest=largest)
         self._scaled = self.recipe.rate_rule == "adascale"
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
         self._losses: list[float | None] = []
-        self._unrecorded: list[tuple[tuple[Any, ...], list[Tensor] | float | None]] = []
+        self._unrecorded: list[tuple[int, int, int, int, float, float, Measured]] = []
+        alone = self.replica is None and self.recipe.clip_norm is None and self.scaler is None
+        keep = self._watched and alone
+        self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
         self._reload()
 
     def _make_noise(self) -> WindowNoise | None:
@@ -134,35 +158,55 @@ class Training:
 
     def _reload(self) -> None:
         """Windows from the present place on."""
-        recipe = self.recipe
+        if self.feed is not None:
+            self._windows = self.feed.windows_for(self)
+            return
+        recipe, N = self.recipe, self.workload.num_examples
         windows = plan_windows(
-            self._num_examples,
+            N,
             seed=self.seed,
-            start=Place(*divmod(self.consumed, self._num_examples)),
-            batch_at=self._batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
+            start=Place(*divmod(self.consumed, N)),
+            batch_at=self.batch_at if recipe.changes_batch else lambda _: recipe.global_batch,
             last_batch=recipe.last_batch,
             smallest=self._smallest,
         )
         self._windows = load_windows(
             self.workload.train_examples,
             windows,
-            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest),
+            share=Share(micro_batch=recipe.micro_batch, smallest=self._smallest)
+            if self.ranks is None
+            else self.ranks.share(recipe, self._smallest),
             seed=self.seed,
             device=self.device,
             workers=self.workers,
         )
 
-    def _batch_at(self, consumed: int) -> int:
+    def batch_at(self, consumed: int) -> int:
+        """The global batch of the update that begins after so many examples.
+
+        Args:
+            consumed: Examples gone through before it.
+
+        Returns:
+            The batch.
+        """
         if self.noise is not None and self.noise.batch is not None:
             return self.noise.batch
         recipe = self.recipe
+        batch = batch_at(consumed, recipe.global_batch, recipe.batch_ramp)
+        if self.feed is not None:
+            return batch
         # Beyond the training set no batch grows, so the learning rate must not go on either.
-        largest = max(self._num_examples, recipe.global_batch)
-        return min(batch_at(consumed, recipe.global_batch, recipe.batch_ramp), largest)
+        return min(batch, max(self.workload.num_examples, recipe.global_batch))
+
+    @property
+    def _num_examples(self) -> float:
+        """Examples of a pass; infinite in the first pass of a stream."""
+        return self.workload.num_examples if self.feed is None else self.feed.num_examples
 
     @property
     def epochs(self) -> float:
-        """Passes over the training set so far."""
+        """Passes over the training set so far; 0 in the first pass of a stream."""
         return self.consumed / self._num_examples
 
     def fork(self, recipe: Recipe) -> Training:
@@ -187,11 +231,15 @@ class Training:
             )
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.callbacks = ()
+        copied.callbacks, copied._watched = (), False
         with torch.inference_mode(False):
             copied.model, copied._forward_model = make_model(
                 self.workload, recipe, self.seed, self.device, like=self.model
             )
+            if self.ranks is not None:
+                copied.replica = make_replica(
+                    self.ranks, self.workload, recipe, copied.model, self.seed, self._smallest
+                )
             copied.optimizer = self.workload.make_optimizer(
                 copied.model.parameters(), recipe.learning_rate
             )
@@ -208,11 +256,18 @@ class Training:
     @property
     def over(self) -> bool:
         """Whether no further update will be done."""
-        return self.diverged or self.stop_requested or self.finished
+        return self.diverged or self._stopped or self.finished
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether to stop; of several ranks, all know it in the same update."""
+        return self.stop_requested if self.replica is None else self.replica.stopped
 
     @property
     def finished(self) -> bool:
-        """Whether the horizon is reached; never without one."""
+        """Whether the horizon is reached, or a stream has ended; never without either."""
+        if self.feed is not None and self.feed.ended:
+            return True
         if self.horizon is None:
             return False
         return self.horizon.progress(self.steps, self._covered) >= 1
@@ -223,45 +278,27 @@ class Training:
         # A step of AdaScale counts as many steps at the first batch as it is worth.
         return self.gained if self._scaled else self.consumed
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides how this training goes on.
-
-        Returns:
-            A tree of plain values and tensors; the tensors are the live ones, so copy or write
-            them before the next update.
-        """
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "random": self._random.states,
-            "noise": None if self.noise is None else self.noise.state_dict(),
-            "counts": {name: getattr(self, name) for name in _COUNTS},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict` of a training of the same workload, recipe and seed.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self._random.states = state["random"]
-        for name in _COUNTS:
-            setattr(self, name, state["counts"][name])
+    def go_on_from_here(self) -> None:
+        """The place in the data and the optimizer were set from outside (`restore_training`)."""
         self._rates.unsettle()
-        if self.noise is not None:
-            self.noise.load_state_dict(state["noise"])
+        self.close()
         self._reload()
+
+    def close(self) -> None:
+        """Ends the workers that fetch ahead; the training can still be looked at."""
+        # Left to the garbage collector, each of them is waited for in vain for five seconds.
+        if isinstance(self._windows, Generator):
+            self._windows.close()
 
     def is_sound(self) -> bool:
         """Whether every weight is a finite number; a run that is not cannot be gone on with."""
         weights = [p.detach() for p in self.model.parameters()]
-        finite = torch.stack([torch.isfinite(w).all() for w in weights])
-        return not self.diverged and bool(finite.all())
+        if self.replica is not None:
+            weights = self.replica.local(weights)
+        finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
+        if self.ranks is not None:
+            finite = not self.ranks.total([float(not finite)])[0]
+        return finite and not self.diverged
 
     def advance(
         self,
@@ -281,16 +318,23 @@ class Training:
         # The caller may have switched gradients off, as a callback of an evaluation has.
         with (
             self._random.swapped_in(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
+            gradients_on(),
             tensor_float_32(self.recipe.tf32, self.device),
         ):
             start = time.perf_counter()
-            while self.steps < last_step and self.consumed < last_consumed and start < deadline:
-                if self.diverged or self.stop_requested or (self._scaled and self.finished):
+            alone, self._deadline = self.replica is None, deadline
+            while self.steps < last_step and self.consumed < last_consumed:
+                if start >= deadline and alone:
                     break
-                window, batches = next(self._windows)
-                start = self._update(window, batches, start)
+                if self.diverged or self._stopped or (self._scaled and self.finished):
+                    break
+                found = next(self._windows, None)
+                if found is None:  # of a stream: its pass is over, or the next example is not here
+                    self.consumed = self.feed.taken if self.feed else self.consumed
+                    break
+                start = self._update(*found, start)
+                if self.replica is not None and self.replica.paused:
+                    break
         self._read_losses()
         self._tell_records()
 
@@ -318,7 +362,12 @@ class Training:
                 gain=gain,
             )
         draw = None
-        if self.noise is not None and len(batches) > 1:
+        if self.replica is not None:
+            pause = start >= self._deadline
+            self.replica.begin(window, steps=self.steps, stop=self.stop_requested, pause=pause)
+            if self.noise is not None:
+                draw = self.noise.observer(self.steps, self.optimizer, RankDraw)
+        elif self.noise is not None and len(batches) > 1:
             draw = self.noise.observer(self.steps, self.optimizer)
         result = optimizer_step(
             self.workload,
@@ -329,12 +378,17 @@ class Training:
             scaler=self.scaler,
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
-            want_norms=bool(self.callbacks),
+            want_norms=self._watched and not self._measured_later,
             observe=draw,
+            replica=self.replica,
         )
+        if self.replica is not None and self.replica.stopped:
+            self.stop_requested = True
         self.steps += 1
         self.examples += window.size
-        reached = window.epoch * self._num_examples + window.end
+        reached = window.end
+        if window.epoch:  # 0 in a stream, whose length is infinite
+            reached += window.epoch * self.workload.num_examples
         share = (reached - self.consumed) / window.global_batch  # of a whole update
         self.gained += gain * share * self.recipe.global_batch
         self.consumed = reached
@@ -344,6 +398,7 @@ class Training:
         if draw is not None and self.noise is not None:
             changed = self.noise.add(draw, window.size)
             if changed and self.workers:  # what they fetched ahead was for the old batch
+                self.close()
                 self._reload()
         now = time.perf_counter()
         self.seconds += now - start
@@ -375,6 +430,8 @@ class Training:
                 continue
             if self.first_loss is None:
                 self.first_loss = loss
+            elif self.feed is not None and self.steps <= SETTLING and math.isfinite(loss):
+                self.first_loss = max(abs(self.first_loss), abs(loss))
             self._loss_sum += loss
             self._loss_count += 1
             # Not `abs(loss) > limit`, which is false of NaN.
@@ -384,12 +441,15 @@ class Training:
     def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
         for callback in self.callbacks:
             callback.on_step(self)
-        norms = result.gradient_norms
-        if self._patience == 1 and norms is not None:  # many small tensors are dear to keep
-            norms = math.hypot(*[norm.item() for norm in norms])
+        measured: Measured = result.gradient_norms
+        if self._measured_later:
+            measured = gradients_of(self._measured_later)
+        elif measured and self._patience == 1:  # many small tensors are dear to keep
+            measured = math.hypot(*[norm.item() for norm in measured])
         rate = self.optimizer.param_groups[0]["lr"]
-        position = (self.steps, self.consumed, self.examples, window.size, rate, seconds)
-        self._unrecorded.append((position, norms))
+        self._unrecorded.append(
+            (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)
+        )
         if len(self._unrecorded) >= _RECORDS:
             self._tell_records()
 
@@ -400,20 +460,41 @@ class Training:
         self._read_losses()
         unrecorded, self._unrecorded = self._unrecorded, []
         losses, self._losses = self._losses, []
-        whole_norms = _whole_norms([norms for _, norms in unrecorded])
-        records: list[StepRecord] = []
-        for (position, _), loss, norm in zip(unrecorded, losses, whole_norms, strict=True):
-            step, consumed, examples, size, rate, seconds = position
-            epochs, value = consumed / self._num_examples, math.nan if loss is None else loss
-            records.append(StepRecord(step, epochs, examples, size, rate, value, norm, seconds))
+        steps, consumed, examples, sizes, rates, seconds, measured = zip(*unrecorded, strict=True)
+        epochs = [place / self._num_examples for place in consumed]
+        values = [math.nan if loss is None else loss for loss in losses]
+        norms = (norms_of_kept if self._measured_later else norms_of_parts)(measured)
+        records = StepRecords((steps, epochs, examples, sizes, rates, values, norms, seconds))
         for callback in self.callbacks:
             callback.on_records(self, records)
+
+    def whole_model(self) -> nn.Module:
+        """The model with all its weights; of several ranks, to be called on all."""
+        return self.model if self.replica is None else self.replica.whole_model()
 
     def recent_train_loss(self) -> float:
         """Mean loss of the updates since the last call (NaN if there were none)."""
         mean = self._loss_sum / self._loss_count if self._loss_count else math.nan
         self._loss_sum, self._loss_count = 0.0, 0
         return mean
+
+    @property
+    def interval(self) -> tuple[float, int]:
+        """Sum and count of the losses since the last call of `recent_train_loss`."""
+        return self._loss_sum, self._loss_count
+
+    @interval.setter
+    def interval(self, value: tuple[float, int]) -> None:
+        self._loss_sum, self._loss_count = value
+
+    @property
+    def random_states(self) -> list[Tensor]:
+        """What dropout and the like draw from next."""
+        return self._random.states
+
+    @random_states.setter
+    def random_states(self, states: list[Tensor]) -> None:
+        self._random.states = states
 
     def evaluate(self) -> Point:
         """Evaluates on the validation set and closes the interval of the training loss.
@@ -426,6 +507,8 @@ class Training:
         if examples is not None:
             with self._random.swapped_in():
                 val = evaluate(self.workload, self.model, examples, device=self.device)
+            if self.ranks is not None:
+                val = first_evaluation(val, self.ranks)
         return Point(
             step=self.steps,
             examples=self.examples,
@@ -449,23 +532,3 @@ def _values(losses: list[Tensor | None]) -> list[float | None]:
         return [held[0].item()]
     values = iter(torch.stack(held).tolist() if held else [])
     return [None if loss is None else next(values) for loss in losses]
-
-
-def _whole_norms(norms: list[list[Tensor] | float | None]) -> list[float]:
-    """The norm of each update's gradient, from the norms of its parts."""
-    held = [part for parts in norms if isinstance(parts, list) for part in parts]
-    values = iter(_stacked(held).tolist() if held else [])
-    return [
-        math.hypot(*itertools.islice(values, len(parts)))
-        if isinstance(parts, list)
-        else math.nan
-        if parts is None
-        else parts
-        for parts in norms
-    ]
-
-
-def _stacked(scalars: list[Tensor]) -> Tensor:
-    if len({scalar.dtype for scalar in scalars}) > 1:
-        scalars = [scalar.double() for scalar in scalars]
-    return torch.stack(scalars)

@@ -100,8 +100,8 @@ def _least_batch(recipe: Recipe) -> int:
 
 
 def _trains_on_one(workload: Workload, model: nn.Module, device: str | torch.device) -> bool:
-    batch = to_device(workload.train_examples.batch(torch.tensor([0])), device)
     with preserved_state(model), torch.no_grad():
+        batch = to_device(workload.train_examples.batch(torch.tensor([0])), device)
         try:
             workload.loss_sum(model, batch)
         except ValueError as error:

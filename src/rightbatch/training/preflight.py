@@ -30,7 +30,7 @@ from rightbatch.device.out_of_memory import is_out_of_memory
 from rightbatch.errors import ProbeError
 from rightbatch.isolate import preserved_state
 from rightbatch.recipe import Recipe
-from rightbatch.training.ghost_norm import GHOST_KINDS
+from rightbatch.training.ghost_norm import GHOST_KINDS, use_ghost_norm
 from rightbatch.training.order import epoch_order
 from rightbatch.training.preflight_causes import Cause, find_causes
 from rightbatch.training.split_gradients import Comparison, Cut, norm_of
@@ -122,6 +122,8 @@ def check_accumulation(
     with preserved_state(), torch.inference_mode(False), torch.enable_grad():
         _seed(seed, device)
         model = workload.build_model(seed, device)
+        if recipe.ghost_batch is not None:
+            use_ghost_norm(model, recipe.ghost_batch)
         check = _Check(workload, recipe, model, seed=seed, device=device)
         return check.run(window)
 

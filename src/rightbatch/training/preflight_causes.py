@@ -95,7 +95,7 @@ def _norm_cause(norms: Sequence[tuple[str, _BatchNorm]], recipe: Recipe) -> Caus
         remedy = f"Use larger micro-batches, {one} or GroupNorm."
     else:
         remedy = (
-            f"Use {one}, GroupNorm, or use_ghost_norm(model, ghost_batch={recipe.micro_batch}), "
+            f"Use {one}, GroupNorm, or ghost_batch={recipe.micro_batch} in the recipe, "
             "with which every size sees the same."
         )
     return Cause(names=names, because=because, remedy=remedy)

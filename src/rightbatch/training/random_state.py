@@ -29,23 +29,27 @@ class OwnRandomState:
         self.device = device
         # Another stream than the one that drew the initial weights.
         self.states: list[Tensor] = seeded_random_states(seed + 0x5EED, device)
+        self._outside: list[list[Tensor]] = []
 
     def copy(self) -> OwnRandomState:
         """Another state that begins where this one is."""
         copied = object.__new__(OwnRandomState)
         copied.device, copied.states = self.device, [state.clone() for state in self.states]
+        copied._outside = []
         return copied
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Draws inside the block come from this state; the caller's is put back."""
-        outside = get_random_states(self.device)
+    def swapped_in(self) -> OwnRandomState:
+        """Draws inside a `with` block of this come from this state; the caller's is put back."""
+        return self
+
+    # By hand: a generator's context costs as much as the swap, 3 % of a small step.
+    def __enter__(self) -> None:
+        self._outside.append(get_random_states(self.device))
         set_random_states(self.states, self.device)
-        try:
-            yield
-        finally:
-            self.states = get_random_states(self.device)
-            set_random_states(outside, self.device)
+
+    def __exit__(self, *failure: object) -> None:
+        self.states = get_random_states(self.device)
+        set_random_states(self._outside.pop(), self.device)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -11,11 +12,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rightbatch.errors import UsageError
+from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.callbacks import Callback, Point
+from rightbatch.training.distributed import join_ranks
 from rightbatch.training.interrupt import StopOnSignal
 from rightbatch.training.loop import Training
+from rightbatch.training.preflight import check_accumulation
 from rightbatch.training.saving import RunSettings, Saver
 from rightbatch.workload import Workload
 
@@ -80,12 +83,19 @@ def train(
     run_directory: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    preflight: bool = True,
 ) -> Run:
     """Trains a workload as a recipe says.
 
     With a `run_directory` the run is saved every minute (or every `checkpoint_every` updates),
     where it ends, and where SIGINT or SIGTERM stop it, which then take effect as usual. A run that
     is resumed from there gives the same bits as one that was never stopped.
+    A stream, of which the workload holds only the beginning, is gone through as it comes
+    (`train_stream`): in its own order, an epoch being a whole pass. A pass over an endless one
+    does not end, so that it needs `steps`.
+
+    Under `torchrun` the processes train together, each on its share of every update, and all of
+    them return the same run. Rank 0 calls the callbacks and writes the checkpoints.
 
     Args:
         workload: What to train.
@@ -101,6 +111,8 @@ def train(
         run_directory: Where checkpoints are kept; None: nowhere.
         checkpoint_every: Updates between checkpoints, beside one a minute.
         resume: Go on from the newest checkpoint in `run_directory`, or begin where there is none.
+        preflight: Measure first whether accumulated micro-batches give the gradient of the whole
+            batch, and warn where they do not.
 
     Returns:
         The finished run.
@@ -115,6 +127,26 @@ def train(
         raise UsageError("Give either epochs or steps, and not both.")
     if run_directory is None and (resume or checkpoint_every is not None):
         raise UsageError("resume and checkpoint_every need a run_directory. Name one.")
+    if workload.train_examples.truncated:
+        from rightbatch.training.stream import train_epochs  # which imports this module
+
+        if run_directory is not None:
+            raise UsageError(
+                "The data are a stream, whose place cannot be found again, so the run cannot be "
+                "resumed. Leave run_directory out, or use OnlineLearner, which can be saved."
+            )
+        return train_epochs(
+            workload,
+            recipe,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+            device=device,
+            until_target=until_target,
+            evaluate_every=evaluate_every,
+            callbacks=callbacks,
+            workers=workers,
+        )
     settings = RunSettings(
         workload=workload.name,
         num_examples=workload.num_examples,
@@ -129,18 +161,69 @@ def train(
     saver = None
     if run_directory is not None:
         saver = Saver(run_directory, settings, steps_between=checkpoint_every)
-        if not resume:
-            saver.refuse_another_run()
-    training = Training(
-        workload,
-        recipe,
-        seed=seed,
-        device=device,
-        horizon=settings.horizon,
-        callbacks=callbacks,
-        workers=workers,
+    with join_ranks(recipe, device) as ranks:
+        if ranks is not None:
+            device = ranks.device
+            kept = {"kept": saver is not None, "every": checkpoint_every, "resume": resume}
+            ranks.agree({**asdict(settings), **kept}, "Start all with the same arguments.")
+        if not resume and (ranks is None or ranks.rank == 0):
+            if saver is not None:
+                saver.refuse_another_run()
+            if preflight:
+                _warn_of_the_split(workload, recipe, seed=seed, device=device)
+        training = Training(
+            workload,
+            recipe,
+            seed=seed,
+            device=device,
+            horizon=settings.horizon,
+            callbacks=callbacks,
+            workers=workers,
+            ranks=ranks,
+        )
+        return run_to_end(
+            training,
+            until_target=until_target,
+            evaluate_every=evaluate_every,
+            saver=saver,
+            resume=resume,
+        )
+
+
+def _warn_of_the_split(workload: Workload, recipe: Recipe, *, seed: int, device: str) -> None:
+    """Says where micro-batches are not the whole batch, and by how much."""
+    try:
+        found = check_accumulation(workload, recipe, seed=seed, device=device)
+    except ProbeError:
+        return  # what cannot be compared will be told by the training itself
+    if found.warning is not None:
+        warnings.warn(found.warning, stacklevel=3)
+
+
+def run_to_end(
+    training: Training,
+    *,
+    until_target: bool,
+    evaluate_every: int | None,
+    saver: Saver | None = None,
+    resume: bool = False,
+) -> Run:
+    """Advances a training to its end, with evaluations and checkpoints on the way.
+
+    Args:
+        training: At its beginning.
+        until_target: Stop at the first evaluation that meets the target.
+        evaluate_every: Updates between evaluations, or None: once an epoch.
+        saver: Keeps the checkpoints, or None.
+        resume: Begin at the newest checkpoint.
+
+    Returns:
+        The finished run.
+    """
+    course = _Course(
+        training, until_target=until_target, evaluate_every=evaluate_every, saver=saver
     )
-    return _Course(training, settings, saver).run(resume=resume)
+    return course.run(resume=resume)
 
 
 class _Course:
@@ -148,15 +231,23 @@ class _Course:
 
     Args:
         training: The run.
-        settings: What was asked of it.
+        until_target: Stop at the first evaluation that meets the target.
+        evaluate_every: Updates between evaluations, or None: once an epoch.
         saver: Keeps its checkpoints, or None.
     """
 
-    def __init__(self, training: Training, settings: RunSettings, saver: Saver | None) -> None:
+    def __init__(
+        self,
+        training: Training,
+        *,
+        until_target: bool,
+        evaluate_every: int | None,
+        saver: Saver | None,
+    ) -> None:
         self._training = training
-        self._settings = settings
+        self._until_target = until_target
+        self._every = evaluate_every
         self._saver = saver
-        self._num_examples = settings.num_examples
         self._target = training.workload.parsed_target
         self._history: list[Point] = []
         self._steps_to_target: int | None = None
@@ -175,49 +266,57 @@ class _Course:
             self._restore()
         for callback in training.callbacks:
             callback.on_start(training)
-        with nullcontext() if self._saver is None else StopOnSignal(training):
-            self._finish()
-            if self._saver is not None:
-                self._saver.save(training, self._state())
-            run = self._result()
-            for callback in training.callbacks:
-                callback.on_end(training, run)
+        try:
+            with nullcontext() if self._saver is None else StopOnSignal(training):
+                self._finish()
+                if self._saver is not None:
+                    self._saver.save(training, self._state())
+                run = self._result()
+                for callback in training.callbacks:
+                    callback.on_end(training, run)
+        finally:
+            training.close()
+            if training.replica is not None:
+                training.replica.close()
         return run
 
     def _finish(self) -> None:
         """Trains to the end, or to where the run stops for another reason."""
         while not self._over():
+            before = self._training.steps
             self._advance()
-            if self._evaluation_is_due():
+            if self._training.steps > before and self._evaluation_is_due():
                 self._evaluate()
-            if self._saver is not None and self._saver.due(self._training.steps):
+            if self._saver is not None and self._saver.due(self._training):
                 self._saver.save(self._training, self._state())
 
     def _over(self) -> bool:
         return self._over_by_itself() or self._training.over
 
+    def _over_by_itself(self) -> bool:
+        met = self._until_target and self._steps_to_target is not None
+        return met or self._training.finished
+
     def _advance(self) -> None:
         """To the next evaluation or checkpoint."""
-        training, saver, every = self._training, self._saver, self._settings.evaluate_every
+        training, saver, every = self._training, self._saver, self._every
         to_step = math.inf if every is None else (training.steps // every + 1) * every
-        to_epoch = None if every is not None else training.consumed // self._num_examples + 1
         if saver is not None:
             to_step = min(to_step, saver.next_step(training.steps))
         training.advance(
             None if math.isinf(to_step) else round(to_step) - training.steps,
-            to_epoch=to_epoch,
+            to_epoch=math.floor(training.epochs) + 1 if every is None else None,
             deadline=math.inf if saver is None else saver.deadline,
         )
 
     def _evaluation_is_due(self) -> bool:
-        training, every = self._training, self._settings.evaluate_every
-        if self._history and self._history[-1].step == training.steps:
-            return False
-        if training.diverged or training.finished:
+        training = self._training
+        # A stream ends its pass wherever it likes.
+        if training.diverged or training.finished or training.feed is not None:
             return True
-        if every is not None:
-            return training.steps % every == 0
-        return training.consumed % self._num_examples == 0
+        if self._every is not None:
+            return training.steps % self._every == 0
+        return training.epochs == math.floor(training.epochs)
 
     def _evaluate(self) -> None:
         point = self._training.evaluate()
@@ -245,17 +344,13 @@ class _Course:
             return "diverged"
         return "complete" if self._over_by_itself() else "stopped"
 
-    def _over_by_itself(self) -> bool:
-        met = self._settings.until_target and self._steps_to_target is not None
-        return met or self._training.finished
-
     def _result(self) -> Run:
         """The finished run."""
         training = self._training
         last = self._history[-1] if self._history else training.evaluate()
         return Run(
             recipe=training.recipe,
-            model=training.model,
+            model=training.whole_model(),
             steps=training.steps,
             epochs=training.epochs,
             examples=training.examples,

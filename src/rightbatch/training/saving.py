@@ -13,8 +13,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from rightbatch.errors import CorruptStateError, UsageError
 from rightbatch.recipe import Recipe
-from rightbatch.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from rightbatch.training.checkpoint import (
+    LoadedCheckpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rightbatch.training.distributed import Ranks
 from rightbatch.training.rates import Horizon
+from rightbatch.training.state import (
+    check_same_run,
+    describe_run,
+    restore_training,
+    training_state,
+)
 
 if TYPE_CHECKING:
     from rightbatch.training.loop import Training
@@ -170,11 +182,12 @@ class Saver:
         """The time (of `time.perf_counter`) at which it is to be saved next."""
         return self._saved_at + self._seconds_between
 
-    def due(self, steps: int) -> bool:
-        """Whether it is time to save."""
-        between = self._steps_between
+    def due(self, training: Training) -> bool:
+        """Whether it is time to save; of several ranks, they save together."""
+        between, steps, replica = self._steps_between, training.steps, training.replica
         regular = between is not None and steps % between == 0 and steps != self._saved_steps
-        return regular or time.perf_counter() >= self.deadline
+        late = time.perf_counter() >= self.deadline if replica is None else replica.paused
+        return regular or late
 
     def save(self, training: Training, course: dict[str, Any]) -> None:
         """Writes a checkpoint, unless this very step was saved, or is not worth going on from.
@@ -189,10 +202,19 @@ class Saver:
             "settings": _SETTINGS.dump_python(self.settings, mode="json"),
             "environment": asdict(_environment_of(training)),
             "course": course,
-            "training": training.state_dict(),
+            "run": describe_run(training),
+            "training": training_state(training),
         }
-        self.latest = save_checkpoint(self.folder, state, steps=training.steps)
+        if training.ranks is None:
+            self.latest = save_checkpoint(self.folder, state, steps=training.steps)
+        else:
+            self.latest = self._save_for_all(training.ranks, state, training.steps)
         self._saved_steps, self._saved_at = training.steps, time.perf_counter()
+
+    def _save_for_all(self, ranks: Ranks, state: dict[str, Any], steps: int) -> Path:
+        path = save_checkpoint(self.folder, state, steps=steps) if ranks.rank == 0 else None
+        # The others wait here until it is written.
+        return ranks.object_of_first(path)
 
     def restore(self, training: Training) -> dict[str, Any] | None:
         """Puts a fresh training where the newest checkpoint is.
@@ -204,40 +226,34 @@ class Saver:
             What `save` was given as `course`; None without a checkpoint: the run begins.
 
         Raises:
-            UsageError: If the checkpoint is of a run with other settings.
-            CorruptStateError: If the state does not fit the model.
+            UsageError: If the checkpoint is of a run with other settings, or of another model.
+            CorruptStateError: If none can be used.
         """
-        loaded = load_checkpoint(self.folder)
+        loaded = self._load(training.ranks)
         if loaded is None:
             return None
         for reason in loaded.skipped:
             warnings.warn(f"{reason} Going on from {loaded.path.name}.", stacklevel=3)
         self._check_settings(_read_settings(loaded.state, loaded.path), loaded.path)
+        check_same_run(loaded.state["run"], training, loaded.path)
         _warn_of_changes(Environment(**loaded.state["environment"]), _environment_of(training))
-        try:
-            training.load_state_dict(loaded.state["training"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise UsageError(
-                f"{loaded.path} does not fit workload {self.settings.workload!r}: {first_line} "
-                "Resume with the model and optimizer that the run was begun with."
-            ) from error
+        restore_training(training, loaded.state["training"])
         self.latest, self._saved_steps = loaded.path, loaded.steps
         return loaded.state["course"]
+
+    def _load(self, ranks: Ranks | None) -> LoadedCheckpoint | None:
+        """The newest checkpoint; rank 0 reads it for all, who may not see the same disk."""
+        if ranks is None:
+            return load_checkpoint(self.folder)
+        return ranks.object_of_first(load_checkpoint(self.folder) if ranks.rank == 0 else None)
 
     def _check_settings(self, saved: RunSettings, path: Path) -> None:
         ours, theirs = asdict(self.settings), asdict(saved)
         # How examples are fetched does not change them.
         for settings in (ours, theirs):
             settings.pop("workers")
+            settings.pop("recipe")  # the state of the training says more of it
         differing = [name for name in ours if ours[name] != theirs[name]]
-        if "recipe" in differing:
-            differing.remove("recipe")
-            differing += [
-                f"recipe.{name}"
-                for name in ours["recipe"]
-                if ours["recipe"][name] != theirs["recipe"][name]
-            ]
         if differing:
             raise UsageError(
                 f"{path} is of a run with other settings ({', '.join(differing)} differ). Resume "

@@ -9,7 +9,7 @@ ranks. Averaging the micro-batches' means instead is wrong whenever they are une
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 
 from rightbatch.recipe import Reduction
 from rightbatch.workload import Workload
+
+if TYPE_CHECKING:
+    from rightbatch.training.replica import Replica
 
 
 class StepResult(NamedTuple):
@@ -59,20 +62,20 @@ def compute_gradients(
     """
     if len(window) == 1 and reduction == "mean":
         # The mean as it is, without multiplying by the count and dividing again.
-        loss, count = _forward(workload.loss_mean, model, window[0], autocast)
+        loss, count = forward_loss(workload.loss_mean, model, window[0], autocast)
         if count == 0:
             return None
-        _scaled(loss, scaler).backward()
+        scaled(loss, scaler).backward()
         return loss.detach()
     losses, total, unit = [], 0.0, 1.0
     for batch in window:
-        loss_sum, count = _forward(workload.loss_sum, model, batch, autocast)
+        loss_sum, count = forward_loss(workload.loss_sum, model, batch, autocast)
         # A micro-batch of padding alone has no mean: NaN times no count.
         if count > 0:
             if scaler is not None and not losses:
                 # In half precision a sum leaves the numbers where a mean does not.
                 unit = float(count)
-            _scaled(loss_sum if unit == 1 else loss_sum / unit, scaler).backward()
+            scaled(loss_sum if unit == 1 else loss_sum / unit, scaler).backward()
             losses.append(loss_sum.detach())
             total = total + count
             if observe is not None:
@@ -85,16 +88,18 @@ def compute_gradients(
     return sum(losses[1:], start=losses[0]) / total
 
 
-def _forward(
+def forward_loss(
     compute: Any, model: nn.Module, batch: Any, autocast: torch.dtype | None
 ) -> tuple[Tensor, Any]:
+    """A loss and its count, computed in lower precision where asked for."""
     if autocast is None:
         return compute(model, batch)
     with torch.autocast(next(model.parameters()).device.type, dtype=autocast):
         return compute(model, batch)
 
 
-def _scaled(loss: Tensor, scaler: GradScaler | None) -> Tensor:
+def scaled(loss: Tensor, scaler: GradScaler | None) -> Tensor:
+    """The loss as its gradient is taken."""
     return loss if scaler is None else scaler.scale(loss)
 
 
@@ -115,6 +120,7 @@ def optimizer_step(
     clip_norm: float | None = None,
     want_norms: bool = False,
     observe: Callable[[float, float], None] | None = None,
+    replica: Replica | None = None,
 ) -> StepResult:
     """One update from one window of micro-batches.
 
@@ -130,12 +136,15 @@ def optimizer_step(
         clip_norm: The whole window's gradient is scaled down to this norm.
         want_norms: Whether the norms of the gradient are kept.
         observe: As for `compute_gradients`.
+        replica: Where several ranks train: this one's part. The window is then this rank's, and
+            the gradient that of all of them.
 
     Returns:
         Loss and norms.
     """
     _clear_gradients(optimizer)
-    loss = compute_gradients(
+    compute = compute_gradients if replica is None else replica.gradients
+    loss = compute(
         workload,
         model,
         window,
@@ -148,7 +157,7 @@ def optimizer_step(
         return StepResult(None)
     norms = None
     if want_norms or clip_norm is not None or scaler is not None:
-        norms = _prepare_gradients(optimizer, scaler, clip_norm)
+        norms = _prepare_gradients(optimizer, scaler, clip_norm, replica)
     if scaler is None:
         optimizer.step()
     else:
@@ -171,13 +180,18 @@ def _prepare_gradients(
     optimizer: torch.optim.Optimizer,
     scaler: GradScaler | None,
     clip_norm: float | None,
+    replica: Replica | None,
 ) -> list[Tensor]:
     """Unscales, measures, then clips: the norm that counts is that of the true gradient."""
     if scaler is not None:
         scaler.unscale_(optimizer)
     groups = optimizer.param_groups
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    norms = list(torch._foreach_norm(gradients))
+    if replica is None:
+        norms = list(torch._foreach_norm(gradients))
+    else:
+        gradients = replica.local(gradients)
+        norms = replica.norms(gradients)
     if clip_norm is not None:
         parts = torch.stack(norms)
         whole = torch.linalg.vector_norm(parts.to(torch.promote_types(parts.dtype, torch.float32)))

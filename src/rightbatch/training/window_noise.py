@@ -9,10 +9,10 @@ number and no measured time, since a run must be the same run on a slower machin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,16 @@ DRAWS = 12
 """Draws of one estimate: the noise scale changes slowly, and its interval must be usable."""
 _MEMORY = 0.9
 """Of the running averages of |G|² and S, from draw to draw."""
+
+
+class Observer(Protocol):
+    """Watches one update's micro-batches."""
+
+    def __call__(self, count: float, factor: float = 1.0) -> None:
+        """After a micro-batch's backward pass: its examples (or tokens), and `.grad`'s factor."""
+
+    def moments(self, num_examples: int) -> tuple[float, float] | None:
+        """Unbiased |G|² and S in examples, or None where there is no telling."""
 
 
 class WindowNoise:
@@ -51,21 +61,27 @@ class WindowNoise:
         self._running = (0.0, 0.0)
         self._num_draws = 0
 
-    def observer(self, steps: int, optimizer: torch.optim.Optimizer) -> Draw | None:
+    def observer(
+        self,
+        steps: int,
+        optimizer: torch.optim.Optimizer,
+        kind: Callable[[Iterable[nn.Parameter]], Observer] | None = None,
+    ) -> Observer | None:
         """What is to observe the coming update, where it is one that is drawn from.
 
         Args:
             steps: Updates done.
             optimizer: Of whose parameters the gradient is.
+            kind: Makes the observer. Default: of this process's micro-batches.
 
         Returns:
             The observer, or None.
         """
         if steps % PAUSE:
             return None
-        return Draw(p for group in optimizer.param_groups for p in group["params"])
+        return (kind or Draw)(p for group in optimizer.param_groups for p in group["params"])
 
-    def add(self, draw: Draw, num_examples: int) -> bool:
+    def add(self, draw: Observer, num_examples: int) -> bool:
         """Takes a draw in.
 
         Args:
@@ -205,3 +221,9 @@ class Draw:
             return None
         sizes = [count * num_examples / total for count in self._counts]
         return group_moments(sizes, squares, whole)
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The squared norm of some tensors together, a scalar tensor."""
+    # In double: the noise is a small difference of these where the gradient is large.
+    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()

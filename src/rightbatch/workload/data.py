@@ -31,6 +31,9 @@ from rightbatch.errors import WorkloadError
 STREAM_EXAMPLES = 16_384
 """Examples read from an iterable of unknown length: enough to measure, bounded in memory."""
 
+_WHOLE = (Mapping, str, bytes)
+"""Iterables whose elements are not examples."""
+
 
 class Examples(Protocol):
     """Random access to examples.
@@ -136,16 +139,29 @@ def _open(data: Any, collate: Callable[[list[Any]], Any] | None) -> Examples:
     if arrays is not None:
         return TensorExamples(arrays)
     _refuse_columns_of_lists(data)
-    # An IterableDataset inherits a __getitem__ that only raises.
-    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if indexable and not isinstance(data, IterableDataset | Mapping | str | bytes):
+    if is_stream(data):
+        return _open_stream(cast("Iterable[Any]", data), collate)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, _WHOLE):
         return DatasetExamples(data, collate or default_collate)
-    if isinstance(data, Iterable) and not isinstance(data, Mapping | str | bytes):
-        return _open_stream(data, collate)
     raise WorkloadError(
         f"The data are of type {type(data).__name__}. Pass tensors, a map-style dataset, a "
         "DataLoader, or an iterable of examples."
     )
+
+
+def is_stream(data: Any) -> bool:
+    """Whether data can only be gone through in order: an iterable without random access.
+
+    Args:
+        data: Training data in any form but a DataLoader.
+
+    Returns:
+        True for an IterableDataset, a generator or another iterable.
+    """
+    # An IterableDataset inherits a __getitem__ that only raises.
+    indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    alike = isinstance(data, IterableDataset) or not indexable
+    return isinstance(data, Iterable) and alike and not isinstance(data, _WHOLE)
 
 
 def _open_stream(data: Iterable[Any], collate: Callable[[list[Any]], Any] | None) -> Examples:

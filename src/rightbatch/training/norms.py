@@ -1,0 +1,123 @@
+"""The norm of each update's gradient, for the records, at little cost.
+
+A step of a small model takes 0.2 ms, in which a norm for each parameter costs 7 %: what takes the
+time is not arithmetic but calls. So where gradients are small and stay as they are, they are kept
+for some updates, and a parameter's norms in all of these are one call. Elsewhere each parameter's
+norm is taken in the step, and read at once, or from a GPU for some updates together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_KEPT = 1 << 14
+"""Elements of a gradient that is kept: above it the norms cost little, beside the step."""
+_SAFE = (1e-16, 1e16)
+"""Norms whose squares single precision can be trusted with."""
+
+Measured = list[Tensor] | float | None
+"""Of one update: its gradients, or their norms, or the norm of all; None where there was none."""
+
+
+def parameters_to_keep(
+    optimizer: torch.optim.Optimizer, device: str | torch.device
+) -> list[Tensor]:
+    """The parameters whose gradients can be kept after an update, which leaves them as they are.
+
+    Args:
+        optimizer: Whose parameters.
+        device: Where they are.
+
+    Returns:
+        All its parameters, or none, where the gradients must be measured in the step.
+    """
+    # Of other optimizers nobody knows whether they write into the gradients; hooks may.
+    known = type(optimizer).__module__.partition(".")[0] == "torch"
+    if not known or optimizer._optimizer_step_pre_hooks or torch.device(device).type != "cpu":
+        return []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return parameters if sum(p.numel() for p in parameters) <= LARGEST_KEPT else []
+
+
+def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients that are there."""
+    return [gradient for gradient in [p.grad for p in parameters] if gradient is not None]
+
+
+def norms_of_kept(kept: Sequence[Measured]) -> list[float]:
+    """The norm of each update's gradient.
+
+    Args:
+        kept: The gradients of each update, on the CPU.
+
+    Returns:
+        The norms; NaN for an update without any.
+    """
+    held = [gradients for gradients in kept if isinstance(gradients, list) and gradients]
+    norms = _norms_at_once(held) if len(held) == len(kept) else None
+    if norms is not None:
+        return norms
+    return [_norm_of(g) if isinstance(g, list) and g else math.nan for g in kept]
+
+
+def _norms_at_once(kept: Sequence[Sequence[Tensor]]) -> list[float] | None:
+    """All norms in single precision, parameter by parameter; None where that does not do."""
+    same_places = list(itertools.zip_longest(*kept))
+    if not all(_can_be_stacked(gradients) for gradients in same_places):
+        return None
+    parts = [
+        torch.linalg.vector_norm(torch.stack(gradients).flatten(1), dim=1)
+        for gradients in same_places
+    ]
+    norms = torch.linalg.vector_norm(torch.stack(parts), dim=0).tolist()
+    return norms if _SAFE[0] < min(norms) and max(norms) < _SAFE[1] else None
+
+
+def _can_be_stacked(gradients: Sequence[Tensor | None]) -> bool:
+    first = gradients[0]
+    if first is None or first.is_sparse or first.dtype is not torch.float32:
+        return False
+    shape = first.shape
+    return all(g is not None and g.shape == shape and not g.is_sparse for g in gradients)
+
+
+def _norm_of(gradients: Sequence[Tensor]) -> float:
+    return math.hypot(*[torch.linalg.vector_norm(_exact(g)).item() for g in gradients])
+
+
+def _exact(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
+def norms_of_parts(parts: Sequence[Measured]) -> list[float]:
+    """The norm of each update's gradient, from the norms of its parts.
+
+    Args:
+        parts: Of each update the norms, scalar tensors, all fetched from the device at once; or
+            the norm of them all.
+
+    Returns:
+        The norms; NaN for an update without any.
+    """
+    held = [norm for norms in parts if isinstance(norms, list) for norm in norms]
+    values = iter(_stacked(held).tolist() if held else [])
+    return [
+        math.hypot(*itertools.islice(values, len(norms)))
+        if isinstance(norms, list)
+        else math.nan
+        if norms is None
+        else norms
+        for norms in parts
+    ]
+
+
+def _stacked(scalars: list[Tensor]) -> Tensor:
+    if len({scalar.dtype for scalar in scalars}) > 1:
+        scalars = [scalar.double() for scalar in scalars]
+    return torch.stack(scalars)
