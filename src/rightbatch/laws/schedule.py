@@ -144,7 +144,8 @@ def raise_batch_instead(
 
     Returns:
         Phases for `batch_at`, and the factor by which the learning rate still has to fall at the
-        end because the batch could not rise any more (1 where it could).
+        end because the batch could not rise any more (1 where it could, but for the rounding of
+        the batch).
 
     Raises:
         UsageError: If decay is not between 0 and 1.
