@@ -506,7 +506,7 @@ def test_the_ranks_gradients_give_the_noise_scale(
             with training(gaussian(), recipe) as run:
                 assert run.noise is not None
                 add = run.noise.add
-                run.noise.add = lambda draw, n: [draws.append(draw.moments(n)), add(draw, n)][1]
+                run.noise.add = lambda draw, n: [draws.append(draw.moments(n)), add(draw, n)][1]  # pyright: ignore
                 run.advance(400)
         finally:
             window_noise.PAUSE = before
