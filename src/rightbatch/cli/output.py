@@ -87,13 +87,15 @@ def _live_line(title: str) -> Iterator[Callable[..., None]]:
 
 
 def _json_lines() -> Callable[..., None]:
-    """Progress for programs: at most four lines a second, the first at once."""
-    start, last = time.monotonic(), -1.0
+    """Progress for programs: at most four lines a second of one phase, its first at once."""
+    start, last, phase = time.monotonic(), -1.0, ""
 
     def report(message: str, share: float | None = None) -> None:
-        nonlocal last
+        nonlocal last, phase
         now = time.monotonic() - start
-        if last >= 0 and now - last < _SECONDS_BETWEEN_LINES:
+        # What stands before the colon, as in "memory: how many examples fit at once".
+        same, phase = message.split(":")[0] == phase, message.split(":")[0]
+        if same and now - last < _SECONDS_BETWEEN_LINES:
             return
         last = now
         line: dict[str, Any] = {"progress": message, "seconds": round(now, 2)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import cloudpickle
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,6 +66,7 @@ def load_windows(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
+        multiprocessing_context=_how_to_start_workers(),
         generator=torch.Generator(),  # else it draws a number from the global one
     )
     for batches in loader:
@@ -84,6 +88,11 @@ def _fetch(
         return [source.batch(indices) for indices in parts]
 
 
+def _how_to_start_workers() -> str | None:
+    """By forking, torch's default, unless JAX is there: its threads may hold locks meanwhile."""
+    return "spawn" if "jax" in sys.modules else None
+
+
 class _Fetching(Dataset[Any]):
     """What a worker does: the micro-batches of one window."""
 
@@ -91,9 +100,17 @@ class _Fetching(Dataset[Any]):
         self._source = source
         self._seed = seed
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Crosses to a worker that was not forked with whatever the data set is made of."""
+        return _remade, (cloudpickle.dumps((self._source, self._seed)),)
+
     def __getitem__(self, key: _Key) -> list[Any]:
         parts, place = key
         return _fetch(self._source, [torch.tensor(part) for part in parts], self._seed, place)
+
+
+def _remade(pickled: bytes) -> _Fetching:
+    return _Fetching(*pickle.loads(pickled))
 
 
 def _as_it_is(batches: list[Any]) -> list[Any]:
