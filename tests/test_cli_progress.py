@@ -54,7 +54,8 @@ def test_loss_rate_and_time_left_are_said() -> None:
     progress, reports = watched(each=0.1)
     run(progress, steps=50)
     message, share = reports[-1]
-    name, loss, rate, left = message.split(", ", 3)
+    name, _, rest = message.partition(": ")
+    loss, rate, left = rest.split(", ", 2)
     assert name == "max3"
     assert 0.5 < float(loss.removeprefix("loss ")) < 1.5
     assert rate.endswith(" examples/s")
@@ -132,7 +133,7 @@ def test_the_command_says_json_lines(capsys: pytest.CaptureFixture[str]) -> None
     said = [line for line in lines if "share" in line]
     assert said, "3,000 updates take longer than a quarter of a second"
     for line in said:
-        assert line["progress"].startswith("max3, loss ")
+        assert line["progress"].startswith("max3: loss ")
         assert "examples/s, " in line["progress"] and line["progress"].endswith(" left")
         assert 0 < line["share"] <= 1
     assert all(a["share"] <= b["share"] for a, b in pairwise(said))

@@ -506,7 +506,12 @@ def test_the_ranks_gradients_give_the_noise_scale(
             with training(gaussian(), recipe) as run:
                 assert run.noise is not None
                 add = run.noise.add
-                run.noise.add = lambda draw, n: [draws.append(draw.moments(n)), add(draw, n)][1]  # pyright: ignore
+
+                def watched(draw: Any, num_examples: int) -> bool:
+                    draws.append(draw.moments(num_examples))
+                    return add(draw, num_examples)
+
+                run.noise.add = watched
                 run.advance(400)
         finally:
             window_noise.PAUSE = before

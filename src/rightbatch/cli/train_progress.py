@@ -65,7 +65,7 @@ class TrainProgress(Callback):
             self._loss = sum(losses) / len(losses)
 
     def _tell(self, training: Training, now: float) -> None:
-        parts = [training.workload.name]
+        parts: list[str] = []
         if self._loss is not None:
             parts.append(f"loss {show_number(self._loss)}")
         (examples, seconds), *_ = self._marks
@@ -77,7 +77,7 @@ class TrainProgress(Callback):
         left = self._seconds_left(share, now)
         if left is not None:
             parts.append(f"{self._limit}{show_seconds(left)} left")
-        self._report(", ".join(parts), share)
+        self._report(f"{training.workload.name}: {', '.join(parts)}", share)
 
     def _seconds_left(self, share: float | None, now: float) -> float | None:
         begun, share_then = self._start
