@@ -67,23 +67,17 @@ def norms_of_kept(kept: Sequence[Measured]) -> list[float]:
 
 def _norms_at_once(kept: Sequence[Sequence[Tensor]]) -> list[float] | None:
     """All norms in single precision, parameter by parameter; None where that does not do."""
-    same_places = list(itertools.zip_longest(*kept))
-    if not all(_can_be_stacked(gradients) for gradients in same_places):
+    if any(gradient.is_sparse or gradient.dtype is not torch.float32 for gradient in kept[0]):
         return None
-    parts = [
-        torch.linalg.vector_norm(torch.stack(gradients).flatten(1), dim=1)
-        for gradients in same_places
-    ]
+    try:
+        parts = [
+            torch.linalg.vector_norm(torch.stack(same).flatten(1), dim=1)
+            for same in zip(*kept, strict=True)
+        ]
+    except (RuntimeError, ValueError):  # not every update has the same gradients
+        return None
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0).tolist()
     return norms if _SAFE[0] < min(norms) and max(norms) < _SAFE[1] else None
-
-
-def _can_be_stacked(gradients: Sequence[Tensor | None]) -> bool:
-    first = gradients[0]
-    if first is None or first.is_sparse or first.dtype is not torch.float32:
-        return False
-    shape = first.shape
-    return all(g is not None and g.shape == shape and not g.is_sparse for g in gradients)
 
 
 def _norm_of(gradients: Sequence[Tensor]) -> float:

@@ -31,6 +31,8 @@ _AXES = ("epochs", "steps", "examples", "seconds")
 _OF_STEPS = ("loss", "gradient_norm", "learning_rate", "global_batch")
 _OF_EVALUATIONS = ("train_loss", "val_loss", "val_metric")
 _FEWEST_KEPT = 16
+_GATHERED = 32
+"""Groups of records that are put into columns together."""
 _SECONDS = StepRecord._fields.index("seconds")
 
 
@@ -107,6 +109,7 @@ class Watch(Callback):
         # By column, and not as a list of records: a fifth of the memory, nothing for the collector.
         self._columns = [array("d") for _ in (*StepRecord._fields, "elapsed")]
         self._paths: list[array[float]] = []
+        self._fresh: list[Sequence[Sequence[float]]] = []
         self._seen, self._stride = 0, 1
         self._elapsed = 0.0
         self._start: tuple[float, float, float, float] | None = None
@@ -131,7 +134,6 @@ class Watch(Callback):
         if self._wants_distance:
             self._initial = _initial_weights(training)
             self._measure_distance(training)
-            self._read_distances()
 
     def on_step(self, training: Training) -> None:
         """Notes the weights after an update."""
@@ -144,18 +146,27 @@ class Watch(Callback):
         """Keeps some updates' records, and what was noted after each of them."""
         if self._start is None:
             raise UsageError("This Watch was not told of the start. Call on_start(training) first.")
+        self._fresh.append(records.columns)
+        for weight in self._weights:
+            self._warn(weight.judge(training.epochs, training.optimizer))
+        if len(self._fresh) >= _GATHERED:
+            self._gather()
+
+    def _gather(self) -> None:
+        """Puts what came since the last time into the columns: many updates at once cost less."""
+        fresh, self._fresh = self._fresh, []
+        columns = [list(itertools.chain(*parts)) for parts in zip(*fresh, strict=True)]
+        if not columns:
+            return
         first = -(self._seen + 1) % self._stride
-        self._seen += len(records)
-        seconds = records.columns[_SECONDS]
-        _, *elapsed = itertools.accumulate(seconds, initial=self._elapsed)
+        self._seen += len(columns[0])
+        _, *elapsed = itertools.accumulate(columns[_SECONDS], initial=self._elapsed)
         self._elapsed = elapsed[-1]
-        for kept, values in zip(self._columns, (*records.columns, elapsed), strict=True):
+        for kept, values in zip(self._columns, [*columns, elapsed], strict=True):
             kept.extend(values[first :: self._stride])
         for weight, path in zip(self._weights, self._paths, strict=True):
-            values = weight.take()
-            path.extend(values[first :: self._stride])
-            self._warn(weight.judge(values, training.epochs, training.optimizer))
-        if self._keep is not None and len(self._columns[0]) > self._keep:
+            path.extend(weight.take()[first :: self._stride])
+        while self._keep is not None and len(self._columns[0]) > self._keep:
             self._thin()
         self._read_distances()
 
@@ -164,7 +175,6 @@ class Watch(Callback):
         self._points.append(point)
         if self._wants_distance:
             self._measure_distance(training)
-            self._read_distances()
 
     def _thin(self) -> None:
         # What is kept are the updates whose number is a multiple of the stride.
@@ -200,6 +210,7 @@ class Watch(Callback):
     @property
     def records(self) -> tuple[StepRecord, ...]:
         """The kept records, oldest first."""
+        self._gather()
         rows = zip(*self._columns[:-1], strict=True)
         return tuple(
             StepRecord(int(step), epochs, int(examples), int(size), rate, loss, norm, seconds)
@@ -214,6 +225,7 @@ class Watch(Callback):
     @property
     def distances(self) -> tuple[Distance, ...]:
         """The measured distances from the initial weights, oldest first."""
+        self._read_distances()
         return tuple(self._distances)
 
     @property
@@ -229,6 +241,7 @@ class Watch(Callback):
     @property
     def paths(self) -> Mapping[str, Array]:
         """Per weight as asked for, its value at the start and after each kept update."""
+        self._gather()
         return {
             weight.asked: _frozen([weight.initial, *path])
             for weight, path in zip(self._weights, self._paths, strict=True)
@@ -263,6 +276,8 @@ class Watch(Callback):
         """
         if against not in _AXES:
             raise UsageError(f"against is {against!r}. Give one of: {', '.join(_AXES)}.")
+        self._gather()
+        self._read_distances()
         if quantity in self._asked:
             begin = self._start or (0.0, 0.0, 0.0, 0.0)
             x = [begin[_AXES.index(against)], *self._positions(against)]

@@ -44,6 +44,7 @@ class WatchedWeight:
         named = model.named_parameters(remove_duplicate=False)
         self._parameter: Tensor = dict(named)[self._parameter_name]
         self._unread: list[Any] = []
+        self._judged: list[float] = []
         self._bind()
         self.initial = float(self._read())
         self._last = self.initial
@@ -68,28 +69,27 @@ class WatchedWeight:
         self._unread.append(self._read())
 
     def take(self) -> list[float]:
-        """The values noted since the last call; from a GPU they are fetched at once."""
-        noted, self._unread = self._unread, []
-        if noted and isinstance(noted[0], Tensor):
-            return torch.stack(noted).double().tolist()
-        return noted
+        """The values of all updates that were judged since the last call."""
+        judged, self._judged = self._judged, []
+        return judged
 
-    def judge(
-        self, values: Sequence[float], epochs: float, optimizer: torch.optim.Optimizer
-    ) -> str | None:
-        """Takes in some updates' values, and finds a weight that gets no gradient.
+    def judge(self, epochs: float, optimizer: torch.optim.Optimizer) -> str | None:
+        """Takes in what was noted since the last call, and finds a weight that gets no gradient.
 
         It is said once: when every look at the gradient, over at least one epoch, found exactly 0.
 
         Args:
-            values: After each of some updates, the last of which has just been done.
-            epochs: Passes over the training set, at the last of them.
+            epochs: Passes over the training set, at the update that has just been done.
             optimizer: Of the run.
 
         Returns:
             What to warn of, or None.
         """
-        moved = any(value != self._last for value in values)
+        values, self._unread = self._unread, []
+        if isinstance(values[0], Tensor):  # all are fetched from the device at once
+            values = torch.stack(values).double().tolist()
+        self._judged += values
+        moved = values[-1] != self._last or any(value != self._last for value in values)
         self._last = values[-1]
         if self._told:
             return None
