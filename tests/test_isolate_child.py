@@ -302,7 +302,9 @@ def test_main_modules_of_every_kind_work_and_run_once(tmp_path, how):
 
 
 HANG = """
-    import os, sys, time
+    import os, signal, sys, time
+    # A shell starts what it runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from pathlib import Path
     from rightbatch.isolate import run_in_child
 
