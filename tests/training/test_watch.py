@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rightbatch import Recipe, Workload, accuracy, train
 from rightbatch.errors import UsageError
-from rightbatch.training import Callback, StepRecord, StepRecords, Training, Watch
+from rightbatch.training import Callback, StepRecord, StepRecords, Training, Watch, loop
 from rightbatch.training.norms import LARGEST_KEPT, norms_of_kept, parameters_to_keep
 from rightbatch.training.watched_weight import find_weight
 
@@ -418,11 +418,14 @@ def test_norms_beyond_single_precision_and_of_odd_gradients() -> None:
         assert norms_of_kept([[some * factor]] * 3) == pytest.approx([5 * factor] * 3)
     sparse = torch.eye(3).to_sparse()
     complexes = torch.tensor([3.0 + 4.0j])
-    mixed = norms_of_kept([[some], [sparse, some], None, [], [complexes]])
+    mixed = norms_of_kept([[some, None], [sparse, some], [None] * 2, [None] * 2, [complexes, None]])
     assert mixed[:2] + mixed[4:] == pytest.approx([5, math.sqrt(28), 5])
     assert math.isnan(mixed[2]) and math.isnan(mixed[3])
     assert math.isnan(norms_of_kept([[torch.tensor([math.nan])]])[0])
     assert norms_of_kept([[torch.zeros(2)]]) == [0.0]
+    # A parameter that is never trained, and one that is left out once.
+    assert norms_of_kept([[some, None]] * 2) == pytest.approx([5, 5])
+    assert norms_of_kept([[some, some], [some, None]]) == pytest.approx([math.sqrt(50), 5])
 
 
 def test_without_a_reader_no_norm_is_measured() -> None:
@@ -437,7 +440,23 @@ def test_without_a_reader_no_norm_is_measured() -> None:
     assert not any(math.isnan(norm) for norm in reader.found)
 
 
-def test_records_are_a_sequence() -> None:
+@pytest.mark.parametrize(("at_most", "told"), [(math.inf, [11, 9]), (0.0, [1] * 20)])
+def test_records_are_told_together_but_not_late(
+    at_most: float, told: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_RECORDS_SECONDS", at_most)
+    counted: list[int] = []
+
+    class Count(Callback):
+        def on_records(self, training: Training, records: StepRecords) -> None:
+            counted.append(len(records))
+
+    train(make(), recipe(), steps=20, callbacks=[Count()])
+    assert counted == told
+
+
+def test_records_are_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_RECORDS_SECONDS", math.inf)
     taken: list[StepRecords] = []
 
     class Take(Callback):
@@ -445,7 +464,6 @@ def test_records_are_a_sequence() -> None:
             taken.append(records)
 
     train(make(), recipe(), steps=20, callbacks=[Take()])
-    assert [len(records) for records in taken] == [11, 9]
     records = taken[0]
     assert [record.step for record in records] == list(range(1, 12))
     assert records[-1] == list(records)[10] and records[-1].step == 11

@@ -178,6 +178,14 @@ def test_steps_of_an_epoch(num_examples: int, batch: int, steps: int) -> None:
     assert windows[-1].size == (num_examples - 1) % batch + 1
 
 
+def test_each_epoch_has_its_own_order_however_many_are_decided_at_once() -> None:
+    for start in (0, 5):
+        planned = plan_windows(7, seed=3, start=Place(start, 2), batch_at=fixed(7))
+        for epoch, window in enumerate(islice(planned, 20), start):
+            assert window.epoch == epoch
+            assert torch.equal(window.order, epoch_order(7, seed=3, epoch=epoch))
+
+
 # ------------------------------------------------------------------------------------- the parts
 
 

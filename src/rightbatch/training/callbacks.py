@@ -116,6 +116,11 @@ class Callback(Protocol):
         """After the last update, however the run ended."""
 
 
+def watches_steps(callback: Callback) -> bool:
+    """Whether a callback does something after each update."""
+    return type(callback).on_step is not Callback.on_step
+
+
 def reads_norms(callback: Callback) -> bool:
     """Whether a callback is given records, and reads the gradient's norm in them."""
     given_records = type(callback).on_records is not Callback.on_records

@@ -27,14 +27,13 @@ from rightbatch.training.arithmetic import (
     tensor_float_32,
 )
 from rightbatch.training.arrivals import Feed
-from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms
+from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms, watches_steps
 from rightbatch.training.distributed import Ranks
 from rightbatch.training.evaluate import Evaluation, evaluate
 from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
 from rightbatch.training.norms import (
     Measured,
-    gradients_of,
     norms_of_kept,
     norms_of_parts,
     parameters_to_keep,
@@ -52,8 +51,8 @@ EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
 SETTLING = 100
 """Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
-_RECORDS = 16
-"""Updates whose records are read together."""
+_RECORDS, _RECORDS_SECONDS = 64, 0.1
+"""Updates whose records are read together; fewer of them where they take longer than this."""
 
 
 class Training:
@@ -110,6 +109,7 @@ class Training:
         self.replica: Replica | None = None
         # Shards know the norm of a gradient only together, so that all ranks measure it.
         self._watched = any(reads_norms(callback) for callback in callbacks)
+        self._on_step = [c.on_step for c in self.callbacks if watches_steps(c)]
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             # A feed finds it out from its first example.
@@ -142,7 +142,8 @@ class Training:
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
         self._losses: list[float | None] = []
-        self._unrecorded: list[tuple[int, int, int, int, float, float, Measured]] = []
+        self._unrecorded: list[tuple[int, int, int, int, float, float, Any]] = []
+        self._unrecorded_seconds = 0.0
         alone = self.replica is None and self.recipe.clip_norm is None and self.scaler is None
         keep = self._watched and alone
         self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
@@ -231,7 +232,7 @@ class Training:
             )
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.callbacks, copied._watched = (), False
+        copied.callbacks, copied._on_step, copied._watched = (), [], False
         with torch.inference_mode(False):
             copied.model, copied._forward_model = make_model(
                 self.workload, recipe, self.seed, self.device, like=self.model
@@ -439,18 +440,19 @@ class Training:
                 self.diverged = True
 
     def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
-        for callback in self.callbacks:
-            callback.on_step(self)
-        measured: Measured = result.gradient_norms
+        for on_step in self._on_step:
+            on_step(self)
+        measured: Measured | list[Tensor | None] = result.gradient_norms
         if self._measured_later:
-            measured = gradients_of(self._measured_later)
-        elif measured and self._patience == 1:  # many small tensors are dear to keep
+            measured = [p.grad for p in self._measured_later]
+        elif isinstance(measured, list) and self._patience == 1:  # small tensors are dear to keep
             measured = math.hypot(*[norm.item() for norm in measured])
         rate = self.optimizer.param_groups[0]["lr"]
         self._unrecorded.append(
             (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)
         )
-        if len(self._unrecorded) >= _RECORDS:
+        self._unrecorded_seconds += seconds
+        if len(self._unrecorded) >= _RECORDS or self._unrecorded_seconds >= _RECORDS_SECONDS:
             self._tell_records()
 
     def _tell_records(self) -> None:
@@ -458,7 +460,7 @@ class Training:
         if not self._unrecorded:
             return
         self._read_losses()
-        unrecorded, self._unrecorded = self._unrecorded, []
+        unrecorded, self._unrecorded, self._unrecorded_seconds = self._unrecorded, [], 0.0
         losses, self._losses = self._losses, []
         steps, consumed, examples, sizes, rates, seconds, measured = zip(*unrecorded, strict=True)
         epochs = [place / self._num_examples for place in consumed]

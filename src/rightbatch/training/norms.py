@@ -21,7 +21,7 @@ _SAFE = (1e-16, 1e16)
 """Norms whose squares single precision can be trusted with."""
 
 Measured = list[Tensor] | float | None
-"""Of one update: its gradients, or their norms, or the norm of all; None where there was none."""
+"""Of one update: the norms of its gradients, or the norm of all; None where there was none."""
 
 
 def parameters_to_keep(
@@ -44,44 +44,39 @@ def parameters_to_keep(
     return parameters if sum(p.numel() for p in parameters) <= LARGEST_KEPT else []
 
 
-def gradients_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that are there."""
-    return [gradient for gradient in [p.grad for p in parameters] if gradient is not None]
-
-
-def norms_of_kept(kept: Sequence[Measured]) -> list[float]:
+def norms_of_kept(kept: Sequence[Sequence[Tensor | None]]) -> list[float]:
     """The norm of each update's gradient.
 
     Args:
-        kept: The gradients of each update, on the CPU.
+        kept: Of each update the parameters' gradients, on the CPU, in the same order.
 
     Returns:
-        The norms; NaN for an update without any.
+        The norms; NaN for an update without any gradient.
     """
-    held = [gradients for gradients in kept if isinstance(gradients, list) and gradients]
-    norms = _norms_at_once(held) if len(held) == len(kept) else None
-    if norms is not None:
-        return norms
-    return [_norm_of(g) if isinstance(g, list) and g else math.nan for g in kept]
+    norms = _norms_at_once(kept)
+    return [_norm_of(gradients) for gradients in kept] if norms is None else norms
 
 
-def _norms_at_once(kept: Sequence[Sequence[Tensor]]) -> list[float] | None:
+def _norms_at_once(kept: Sequence[Sequence[Tensor | None]]) -> list[float] | None:
     """All norms in single precision, parameter by parameter; None where that does not do."""
-    if any(gradient.is_sparse or gradient.dtype is not torch.float32 for gradient in kept[0]):
+    here = [same for same in zip(*kept, strict=True) if any(g is not None for g in same)]
+    columns: list[list[Tensor]] = []
+    for same in here:
+        column = [g for g in same if g is not None and g.dtype is torch.float32 and not g.is_sparse]
+        if len(column) < len(kept):
+            return None
+        columns.append(column)
+    if not columns:
         return None
-    try:
-        parts = [
-            torch.linalg.vector_norm(torch.stack(same).flatten(1), dim=1)
-            for same in zip(*kept, strict=True)
-        ]
-    except (RuntimeError, ValueError):  # not every update has the same gradients
-        return None
+    parts = [torch.linalg.vector_norm(torch.stack(same).flatten(1), dim=1) for same in columns]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0).tolist()
     return norms if _SAFE[0] < min(norms) and max(norms) < _SAFE[1] else None
 
 
-def _norm_of(gradients: Sequence[Tensor]) -> float:
-    return math.hypot(*[torch.linalg.vector_norm(_exact(g)).item() for g in gradients])
+def _norm_of(gradients: Sequence[Tensor | None]) -> float:
+    held = [g for g in gradients if g is not None]
+    norms = [torch.linalg.vector_norm(_exact(g)).item() for g in held]
+    return math.hypot(*norms) if held else math.nan
 
 
 def _exact(gradient: Tensor) -> Tensor:
