@@ -380,6 +380,7 @@ class Training:
             reduction=self.recipe.reduction,
             clip_norm=self.recipe.clip_norm,
             want_norms=self._watched and not self._measured_later,
+            want_gradients_of=self._measured_later,
             observe=draw,
             replica=self.replica,
         )
@@ -442,11 +443,11 @@ class Training:
     def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
         for on_step in self._on_step:
             on_step(self)
-        measured: Measured | list[Tensor | None] = result.gradient_norms
-        if self._measured_later:
-            measured = [p.grad for p in self._measured_later]
-        elif isinstance(measured, list) and self._patience == 1:  # small tensors are dear to keep
-            measured = math.hypot(*[norm.item() for norm in measured])
+        measured: Measured | list[Tensor | None] = result.gradients
+        if result.gradient_norms is not None:
+            measured = result.gradient_norms
+            if self._patience == 1:  # many small tensors are dear to keep
+                measured = math.hypot(*[norm.item() for norm in measured])
         rate = self.optimizer.param_groups[0]["lr"]
         self._unrecorded.append(
             (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)

@@ -29,10 +29,12 @@ class StepResult(NamedTuple):
         loss: The window's mean loss before the update, a detached scalar tensor; None where the
             window held nothing to count (padding alone) and there was no update.
         gradient_norms: The norm of each parameter's gradient before clipping, where asked for.
+        gradients: Those of the parameters that were asked for.
     """
 
     loss: Tensor | None
     gradient_norms: list[Tensor] | None = None
+    gradients: list[Tensor | None] | None = None
 
 
 def compute_gradients(
@@ -119,6 +121,7 @@ def optimizer_step(
     reduction: Reduction = "mean",
     clip_norm: float | None = None,
     want_norms: bool = False,
+    want_gradients_of: Sequence[Tensor] = (),
     observe: Callable[[float, float], None] | None = None,
     replica: Replica | None = None,
 ) -> StepResult:
@@ -135,6 +138,8 @@ def optimizer_step(
         reduction: Mean over the window's examples, or their sum.
         clip_norm: The whole window's gradient is scaled down to this norm.
         want_norms: Whether the norms of the gradient are kept.
+        want_gradients_of: Parameters whose gradients are returned, and not copied: for those who
+            know that the optimizer leaves them as they are.
         observe: As for `compute_gradients`.
         replica: Where several ranks train: this one's part. The window is then this rank's, and
             the gradient that of all of them.
@@ -158,12 +163,14 @@ def optimizer_step(
     norms = None
     if want_norms or clip_norm is not None or scaler is not None:
         norms = _prepare_gradients(optimizer, scaler, clip_norm, replica)
+    # Before the optimizer looks at them: one Python object each is made then, and not two.
+    gradients = [p.grad for p in want_gradients_of] if want_gradients_of else None
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
-    return StepResult(loss, norms if want_norms else None)
+    return StepResult(loss, norms if want_norms else None, gradients)
 
 
 def _clear_gradients(optimizer: torch.optim.Optimizer) -> None:
