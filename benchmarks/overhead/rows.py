@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from rightbatch.recipe import Recipe
 from rightbatch.training import Training
-from rightbatch.training.watch import Watch
-from rightbatch.training.watched_weight import weight_name
+from rightbatch.training.watching.watch import Watch
+from rightbatch.training.watching.watched_weight import weight_name
 from rightbatch.workload import Workload
 
 LEARNING_RATE = 1e-3

@@ -22,14 +22,14 @@ from torch import nn
 from rightbatch.training import (
     activations,
     evaluate,
-    loader,
     loop,
     random_state,
     rates,
     step,
     window_noise,
 )
-from rightbatch.training import windows as windows_module
+from rightbatch.training.data import loader
+from rightbatch.training.data import windows as windows_module
 from rightbatch.workload import workload as workload_module
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -214,7 +214,7 @@ def noise_in_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(window_noise.Draw, "moments", wrong)
 
 
-STEP, LOOP, WINDOWS = "test_step.py", "test_loop.py", "test_windows.py"
+STEP, LOOP, WINDOWS = "test_step.py", "test_loop.py", "data/test_windows.py"
 RATES, MODEL, NOISE = "test_rates.py", "test_model.py", "test_window_noise.py"
 
 MISTAKES = [
@@ -255,7 +255,7 @@ MISTAKES = [
 def check_of(mistake: Mistake) -> Callable[[], None]:
     """The check, from a module that is loaded anew."""
     name = f"planted_{Path(mistake.file).stem}"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(mistake.file))
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / mistake.file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

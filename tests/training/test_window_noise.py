@@ -22,7 +22,7 @@ from rightbatch.laws.linear_regression import (
 from rightbatch.laws.noise import make_gradient_sample, micro_batch_moments
 from rightbatch.laws.noise_sums import NoiseSums, group_moments
 from rightbatch.training import Training, window_noise
-from rightbatch.training.state import restore_training, training_state
+from rightbatch.training.checkpoints.state import restore_training, training_state
 from rightbatch.training.step import compute_gradients
 from rightbatch.training.window_noise import DRAWS, PAUSE, Draw, WindowNoise
 

@@ -27,10 +27,10 @@ from rightbatch.store import (
     write_record,
 )
 from rightbatch.training import Callback, Run, train
-from rightbatch.training.distributed import count_processes, is_first_process
+from rightbatch.training.checkpoints.saving import read_settings
 from rightbatch.training.loop import Training
+from rightbatch.training.ranks.distributed import count_processes, is_first_process
 from rightbatch.training.run import Outcome
-from rightbatch.training.saving import read_settings
 from rightbatch.workload import Workload
 
 SCHEMA = "rightbatch.train/1"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rightbatch.cli.units import show_number, show_seconds
-from rightbatch.training.callbacks import Callback, StepRecords
+from rightbatch.training.watching.callbacks import Callback, StepRecords
 
 if TYPE_CHECKING:
     from rightbatch.training import Training

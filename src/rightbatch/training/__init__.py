@@ -1,13 +1,13 @@
 """The one training loop that probes, studies, plans and adapters share."""
 
-from rightbatch.training.callbacks import Callback, Point, StepRecord, StepRecords
+from rightbatch.training.data.order import epoch_order
 from rightbatch.training.loop import Training
-from rightbatch.training.online import OnlineLearner, OnlineStats
-from rightbatch.training.order import epoch_order
 from rightbatch.training.rates import Horizon
 from rightbatch.training.run import Run, train
-from rightbatch.training.stream import train_stream
-from rightbatch.training.watch import Distance, Watch
+from rightbatch.training.streams.online import OnlineLearner, OnlineStats
+from rightbatch.training.streams.stream import train_stream
+from rightbatch.training.watching.callbacks import Callback, Point, StepRecord, StepRecords
+from rightbatch.training.watching.watch import Distance, Watch
 
 __all__ = [
     "Callback",

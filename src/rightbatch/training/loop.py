@@ -26,25 +26,31 @@ from rightbatch.training.arithmetic import (
     make_scaler,
     tensor_float_32,
 )
-from rightbatch.training.arrivals import Feed
-from rightbatch.training.callbacks import Callback, Point, StepRecords, reads_norms, watches_steps
-from rightbatch.training.distributed import Ranks
+from rightbatch.training.data.loader import Share, load_windows
+from rightbatch.training.data.windows import Place, Window, plan_windows
 from rightbatch.training.evaluate import Evaluation, evaluate
-from rightbatch.training.loader import Share, load_windows
 from rightbatch.training.model import make_model, smallest_pass
-from rightbatch.training.norms import (
+from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.ranks.distributed import Ranks
+from rightbatch.training.ranks.noise import RankDraw
+from rightbatch.training.ranks.replica import Replica, first_evaluation, make_replica
+from rightbatch.training.rates import Horizon, Rates, group_settings
+from rightbatch.training.step import StepResult, optimizer_step
+from rightbatch.training.streams.arrivals import Feed
+from rightbatch.training.watching.callbacks import (
+    Callback,
+    Point,
+    StepRecords,
+    reads_norms,
+    watches_steps,
+)
+from rightbatch.training.watching.norms import (
     Measured,
     norms_of_kept,
     norms_of_parts,
     parameters_to_keep,
 )
-from rightbatch.training.random_state import OwnRandomState
-from rightbatch.training.rank_noise import RankDraw
-from rightbatch.training.rates import Horizon, Rates, group_settings
-from rightbatch.training.replica import Replica, first_evaluation, make_replica
-from rightbatch.training.step import StepResult, optimizer_step
 from rightbatch.training.window_noise import WindowNoise
-from rightbatch.training.windows import Place, Window, plan_windows
 from rightbatch.workload import Workload
 
 EXPLOSION = 1e4

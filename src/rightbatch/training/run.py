@@ -14,12 +14,12 @@ from torch import nn
 
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
-from rightbatch.training.callbacks import Callback, Point
-from rightbatch.training.distributed import count_processes, join_ranks
-from rightbatch.training.interrupt import StopOnSignal
+from rightbatch.training.checkpoints.interrupt import StopOnSignal
+from rightbatch.training.checkpoints.saving import RunSettings, Saver
 from rightbatch.training.loop import Training
-from rightbatch.training.preflight import check_accumulation
-from rightbatch.training.saving import RunSettings, Saver
+from rightbatch.training.preflight.check import check_accumulation
+from rightbatch.training.ranks.distributed import count_processes, join_ranks
+from rightbatch.training.watching.callbacks import Callback, Point
 from rightbatch.workload import Workload
 
 Outcome = Literal["complete", "diverged", "stopped"]
@@ -128,7 +128,7 @@ def train(
     if run_directory is None and (resume or checkpoint_every is not None):
         raise UsageError("resume and checkpoint_every need a run_directory. Name one.")
     if workload.train_examples.truncated:
-        from rightbatch.training.stream import train_epochs  # which imports this module
+        from rightbatch.training.streams.stream import train_epochs  # which imports this module
 
         if run_directory is not None:
             raise UsageError(

@@ -19,7 +19,7 @@ from rightbatch.recipe import Reduction
 from rightbatch.workload import Workload
 
 if TYPE_CHECKING:
-    from rightbatch.training.replica import Replica
+    from rightbatch.training.ranks.replica import Replica
 
 
 class StepResult(NamedTuple):

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from rightbatch.errors import MissingExtraError, UsageError
-from rightbatch.training.callbacks import Callback, Point, StepRecord, StepRecords
+from rightbatch.training.watching.callbacks import Callback, Point, StepRecord, StepRecords
 
 if TYPE_CHECKING:
     from rightbatch.training.loop import Training

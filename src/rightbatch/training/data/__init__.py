@@ -1,0 +1,1 @@
+"""Which examples each update sees, and how they are fetched."""

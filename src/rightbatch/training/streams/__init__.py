@@ -1,0 +1,1 @@
+"""Training on examples as they arrive."""

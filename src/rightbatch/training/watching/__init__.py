@@ -1,0 +1,1 @@
+"""What can watch a run, and what it is told."""
