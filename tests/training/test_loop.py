@@ -247,6 +247,31 @@ def test_evaluation_is_exact_whatever_its_batch(max_batch: int) -> None:
     assert result.metric == pytest.approx(accuracy(outputs, Y[:33]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("most", [0, 1, 5, 40])
+def test_evaluation_makes_do_with_what_fits(most: int) -> None:
+    sizes: list[int] = []
+
+    class Small(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            if len(input) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            sizes.append(len(input))
+            return super().forward(input)
+
+    workload = make(make_model=lambda: Small(4, 2))
+    model, examples = workload.build_model(0), workload.val_examples
+    assert examples is not None
+    if most == 0:
+        with pytest.raises(torch.OutOfMemoryError):
+            evaluate(workload, model, examples)
+        return
+    found = evaluate(workload, model, examples)
+    assert sum(sizes) == 33 and max(sizes) > most / 2
+    weights = dict(model.named_parameters())
+    outputs = F.linear(X[:33], weights["weight"], weights["bias"])
+    assert found.loss == pytest.approx(F.cross_entropy(outputs, Y[:33]).item(), rel=1e-5)
+
+
 def test_evaluation_of_masked_sequences_is_exact_whatever_its_batch() -> None:
     inputs, targets = X[:8].reshape(2, 4, 4), torch.tensor([[0, 1, 1, 0], [1, -100, -100, -100]])
     workload = make(

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rightbatch.device.out_of_memory import is_out_of_memory
 from rightbatch.workload import Examples, Workload
 from rightbatch.workload.count import count_terms
 
 EVALUATION_BATCH = 512
-"""Examples per forward pass of evaluation; limited by the recipe's micro-batch where larger."""
+"""Examples per forward pass of evaluation; halved where they do not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ def evaluate(
         model: The model.
         examples: The set.
         device: Where batches are put.
-        max_batch: Examples per forward pass.
+        max_batch: Examples per forward pass; half as many, and so on, where a device says that
+            they do not fit.
 
     Returns:
         Loss and metric, averaged over examples (over tokens where the workload counts them).
@@ -77,8 +79,17 @@ def _evaluate(
     max_batch: int,
 ) -> Evaluation:
     loss_total, loss_count, metric_total = 0.0, 0.0, 0.0
-    for indices in torch.arange(examples.num_examples).split(max_batch):
-        sums = measure_batch(workload, model, to_device(examples.batch(indices), device))
+    done, N = 0, examples.num_examples
+    while done < N:
+        indices = torch.arange(done, min(done + max_batch, N))
+        try:
+            sums = measure_batch(workload, model, to_device(examples.batch(indices), device))
+        except Exception as error:
+            if len(indices) == 1 or not is_out_of_memory(error):
+                raise
+            max_batch = len(indices) // 2
+            continue
+        done += len(indices)
         loss_total += sums.loss
         loss_count += sums.terms
         metric_total += sums.metric
