@@ -117,6 +117,17 @@ def test_it_is_the_hand_written_loop(
     assert stats.mean_metric == pytest.approx(right / N)
 
 
+def test_a_learner_tells_where_it_is() -> None:
+    learner = OnlineLearner(make(), recipe(8))
+    name = repr(make().name)
+    assert repr(learner) == f"OnlineLearner({name}, 0 examples, 0 updates)"
+    learner.partial_fit(X[:20], Y[:20])
+    loss = learner.stats.running_loss
+    assert repr(learner) == (
+        f"OnlineLearner({name}, 16 examples, 2 updates, running loss {loss:.4g})"
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_it_is_the_training_over_the_same_order(
     monkeypatch: pytest.MonkeyPatch, batch: int

@@ -124,6 +124,17 @@ class OnlineLearner:
         self._arrivals = Arrivals(recipe, before=self._before_update)
         self._training = Training(workload, recipe, seed=seed, device=device, feed=self._arrivals)
 
+    def __repr__(self) -> str:
+        stats = self.stats
+        shown = [
+            f"{self._training.workload.name!r}",
+            f"{stats.examples} examples",
+            f"{stats.steps} updates",
+        ]
+        if math.isfinite(stats.running_loss):
+            shown.append(f"running loss {stats.running_loss:.4g}")
+        return f"OnlineLearner({', '.join(shown)}{', diverged' * stats.diverged})"
+
     @property
     def model(self) -> nn.Module:
         """The model as it is now."""
