@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.study.study import Study as Study
+    from rightbatch.study.study import run_study as run_study
     from rightbatch.training import OnlineLearner as OnlineLearner
     from rightbatch.training import Run as Run
     from rightbatch.training import Watch as Watch
@@ -35,6 +37,7 @@ _HOME = {
     "Plan": "rightbatch.plan",
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
+    "Study": "rightbatch.study.study",
     "Watch": "rightbatch.training",
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
@@ -47,6 +50,7 @@ _HOME = {
     "measure_throughput": "rightbatch.probes.throughput",
     "make_plan": "rightbatch.plan",
     "probe": "rightbatch.plan",
+    "run_study": "rightbatch.study.study",
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
@@ -58,6 +62,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Run",
+    "Study",
     "Watch",
     "Workload",
     "accuracy",
@@ -70,6 +75,7 @@ __all__ = [
     "measure_noise_scale",
     "measure_throughput",
     "probe",
+    "run_study",
     "scale_learning_rate",
     "split_batch",
     "train",

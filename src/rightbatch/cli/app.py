@@ -179,6 +179,66 @@ def plan(
     )
 
 
+@app.command()
+def study(
+    workload: WorkloadArgument,
+    batch_sizes: Annotated[str, typer.Option(help="Such as 1,10,full; powers; or auto.")] = "auto",
+    learning_rates: Annotated[
+        str, typer.Option(help="Such as 0.1,0.5; a grid 1e-3:1:7; or auto.")
+    ] = "auto",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each pair.")] = 3,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes of each training. Default: 20.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Or updates.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Or training examples.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Or seconds, by the measured step time.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
+    ] = None,
+    engine: Annotated[
+        Literal["auto", "compiled", "loop"], typer.Option(help="What runs the trainings.")
+    ] = "auto",
+    run: Annotated[
+        Path | None, typer.Option(help="Where it is kept. Default: a new folder in runs/.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Go on with the study in this folder."),
+    ] = None,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Keep nothing.")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="URL of another database than a file in the run.")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """Batch sizes × learning rates × seeds, and what they show."""
+    from rightbatch.cli import run_study
+
+    return run_study.run(
+        Output(as_json=as_json, quiet=quiet),
+        workload,
+        run=run,
+        resume=resume,
+        keep=not no_run,
+        threads=threads,
+        batch_sizes=batch_sizes,
+        learning_rates=learning_rates,
+        seeds=seeds,
+        epochs=epochs,
+        steps=steps,
+        examples=examples,
+        seconds=seconds,
+        target=target,
+        engine=engine,
+        storage=storage,
+    )
+
+
 @probe_app.command("memory")
 def probe_memory(
     workload: WorkloadArgument,

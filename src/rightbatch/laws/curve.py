@@ -194,3 +194,27 @@ def compare_steps(reference: LossCurve, other: LossCurve) -> StepRatio:
     if not ratios:
         return StepRatio(math.inf, 0.0)
     return StepRatio(float(np.mean(ratios)), share)
+
+
+def crossing(before: tuple[float, float], after: tuple[float, float], goal: float) -> float:
+    """Where a run met its target between two evaluations.
+
+    Args:
+        before: Step and value of an evaluation that did not meet it (a value that is not finite
+            tells nothing: the later step is the answer).
+        after: Step and value of one that did.
+        goal: The value that had to be met.
+
+    Returns:
+        Steps, interpolated in ln value (in the value, where a logarithm does not exist).
+
+    Example:
+        >>> round(crossing((10, 4.0), (20, 1.0), 2.0), 9)
+        15.0
+    """
+    (first, high), (last, low) = before, after
+    if not math.isfinite(high) or high == low:
+        return float(last)
+    if min(high, low, goal) > 0:
+        high, low, goal = math.log(high), math.log(low), math.log(goal)
+    return float(first + (last - first) * (high - goal) / (high - low))

@@ -1,0 +1,65 @@
+"""`rightbatch study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rightbatch.cli.opening import open_workload
+from rightbatch.cli.output import Output
+from rightbatch.cli.render_study import study_text
+from rightbatch.errors import UsageError
+from rightbatch.store import dump_record, make_run_directory
+from rightbatch.study.study import DATABASE, SCHEMA, Study, run_study
+
+
+def run(
+    output: Output,
+    reference: str,
+    *,
+    run: Path | None,
+    resume: Path | None,
+    keep: bool,
+    threads: int | None = None,
+    **options: Any,
+) -> int:
+    """Runs a study, or goes on with one, and prints what it found.
+
+    Args:
+        output: Where to print.
+        reference: The workload.
+        run: Where its files are kept.
+        resume: Or the folder of a study to go on with.
+        keep: Whether anything is kept.
+        threads: CPU threads, or None for torch's default.
+        **options: Passed on to `rightbatch.run_study`.
+
+    Returns:
+        0, or 130 where it was interrupted.
+
+    Raises:
+        UsageError: If options contradict each other.
+    """
+    if not keep and (run or resume or options["storage"]):
+        raise UsageError("--no-run keeps nothing. Drop it, or --run, --resume and --storage.")
+    if resume is not None and not (resume / DATABASE).exists():
+        raise UsageError(f"There is no study in {str(resume)!r}: it has no {DATABASE}.")
+    with output.progress(f"Study of {reference}") as report:
+        report(f"Checking {reference}")
+        workload = open_workload(reference, "cpu", threads)
+        folder = resume or run
+        if folder is None and keep:
+            folder = make_run_directory("runs", f"study-{workload.name}")
+        study = run_study(workload, run_directory=folder, progress=report, **options)
+    output.result(lambda: _text(study, folder), lambda: _data(study, folder))
+    return 130 if study.state == "stopped" else 0
+
+
+def _text(study: Study, folder: Path | None) -> str:
+    kept = "" if folder is None else f"\n\nKept in {folder}"
+    return study_text(study) + kept
+
+
+def _data(study: Study, folder: Path | None) -> dict[str, Any]:
+    content = dump_record(study, schema=SCHEMA)
+    return {**content, "run_directory": None if folder is None else str(folder)}

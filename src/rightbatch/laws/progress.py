@@ -1,0 +1,61 @@
+"""Steps, examples and epochs of a run at one batch, whose last update of an epoch is smaller."""
+
+from __future__ import annotations
+
+import math
+
+
+def steps_per_epoch(global_batch: int, num_examples: int) -> int:
+    """Updates of one pass over the training set: ⌈N/B⌉.
+
+    Args:
+        global_batch: B, at most N.
+        num_examples: N.
+
+    Returns:
+        The updates.
+
+    Example:
+        >>> steps_per_epoch(40, 100)
+        3
+    """
+    return math.ceil(num_examples / global_batch)
+
+
+def examples_after(steps: float, global_batch: int, num_examples: int) -> float:
+    """Training examples in so many updates.
+
+    Args:
+        steps: Updates.
+        global_batch: B, at most N.
+        num_examples: N.
+
+    Returns:
+        Examples.
+
+    Example:
+        >>> examples_after(3, 40, 100), examples_after(4, 40, 100)
+        (100.0, 140.0)
+    """
+    epochs, rest = divmod(steps, steps_per_epoch(global_batch, num_examples))
+    return float(epochs * num_examples + min(rest * global_batch, num_examples))
+
+
+def steps_to_cover(examples: float, global_batch: int, num_examples: int) -> int:
+    """The fewest updates that process so many examples.
+
+    Args:
+        examples: How many, at least 0.
+        global_batch: B, at most N.
+        num_examples: N.
+
+    Returns:
+        Updates.
+
+    Example:
+        >>> steps_to_cover(100, 40, 100), steps_to_cover(101, 40, 100), steps_to_cover(0, 40, 100)
+        (3, 4, 0)
+    """
+    epochs, rest = divmod(examples, num_examples)
+    whole = int(epochs) * steps_per_epoch(global_batch, num_examples)
+    return whole + math.ceil(rest / global_batch)

@@ -1,0 +1,160 @@
+"""What a study found, as data: per batch size, over all sizes, and at equal costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rightbatch.laws.estimate import Estimate
+from rightbatch.study.design import Unit
+
+Edge = Literal["lowest", "highest"]
+Rule = Literal["linear", "sqrt"]
+RULES: tuple[Rule, ...] = ("linear", "sqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateFinding:
+    """One learning rate at one batch size, over the seeds.
+
+    Attributes:
+        learning_rate: The rate.
+        trials: Trainings that ended.
+        diverged: How many of them left the numbers.
+        reached: How many met the target; 0 without one.
+        loss: Mean of the last losses of those that did not diverge.
+        steps_to_target: Geometric mean of those that met it.
+    """
+
+    learning_rate: float
+    trials: int
+    diverged: int
+    reached: int
+    loss: Estimate
+    steps_to_target: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeFinding:
+    """One batch size at its best learning rate.
+
+    Attributes:
+        batch_size: Examples per update.
+        learning_rate: The best of those tried, and the interval in which the best one lies.
+        at_edge: Where it is the lowest or highest that was tried: the best may lie beyond.
+        stable_edge: The highest rate tried at which no training diverged and above which one did;
+            None where none diverged, or all did.
+        steps: Updates of each training.
+        train_loss: At the end, mean over seeds.
+        val_loss: Likewise.
+        val_metric: Likewise.
+        gap: Validation loss − training loss at the end.
+        reached: Trainings that met the target.
+        trials: Trainings at this rate.
+        steps_to_target: Geometric mean; without a value where one missed it.
+        examples_to_target: Likewise.
+        seconds_to_target: Likewise, by the measured step time.
+        rates: Every rate that was tried.
+    """
+
+    batch_size: int
+    learning_rate: Estimate
+    at_edge: Edge | None
+    stable_edge: float | None
+    steps: int
+    train_loss: Estimate
+    val_loss: Estimate
+    val_metric: Estimate
+    gap: Estimate
+    reached: int
+    trials: int
+    steps_to_target: Estimate
+    examples_to_target: Estimate
+    seconds_to_target: Estimate
+    rates: tuple[RateFinding, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateRule:
+    """A rule that carries the learning rate from the smallest size on, and where it stops holding.
+
+    Attributes:
+        rule: `linear` (in proportion to the batch) or `sqrt`.
+        holds_to: The largest size up to which every best rate agrees with it.
+        breaks_at: The first size at which it does not; None where it holds at all.
+    """
+
+    rule: Rule
+    holds_to: int
+    breaks_at: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fits:
+    """What holds over the sizes.
+
+    Attributes:
+        critical_batch: Where steps to the target are twice the fewest; without a value, none was
+            found or it is not resolved, and the notes say which.
+        min_steps: S_min of S(B) = S_min (1 + B_c/B).
+        min_examples: E_min = S_min B_c.
+        rate_exponent: p of best learning rate ∝ Bᵖ: 1 is the linear rule, 0.5 the square root.
+        rate_rules: How far the two rules hold.
+        pareto: Sizes that no other beats both in steps and in examples to the target.
+        notes: What a reader has to know.
+    """
+
+    critical_batch: Estimate
+    min_steps: Estimate
+    min_examples: Estimate
+    rate_exponent: Estimate
+    rate_rules: tuple[RateRule, ...]
+    pareto: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualCost:
+    """One size at the rate that is best at a common cost.
+
+    Attributes:
+        batch_size: Examples per update.
+        learning_rate: The best at that cost.
+        loss: Validation loss there (training loss without validation data), mean over seeds.
+        metric: Validation metric there, likewise.
+    """
+
+    batch_size: int
+    learning_rate: float
+    loss: Estimate
+    metric: Estimate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All sizes after the same number of epochs, steps, examples or modelled seconds.
+
+    Attributes:
+        unit: What is the same.
+        amount: How many of it: as far as all sizes came.
+        sizes: The sizes that were evaluated before and after it.
+    """
+
+    unit: Unit
+    amount: float
+    sizes: tuple[EqualCost, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The recommended pair.
+
+    Attributes:
+        batch_size: Examples per update.
+        learning_rate: Learning rate.
+        because: What it is best in.
+    """
+
+    batch_size: int
+    learning_rate: float
+    because: str

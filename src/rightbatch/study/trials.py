@@ -1,0 +1,79 @@
+"""One training of a study, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TrialState = Literal["waiting", "running", "complete", "diverged", "failed", "stopped"]
+FINAL: tuple[TrialState, ...] = ("complete", "diverged", "failed")
+"""States that a study does not come back to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialKey:
+    """Which training: no two of a study have the same.
+
+    Attributes:
+        batch_size: Examples per update.
+        learning_rate: Learning rate.
+        seed: Decides initial weights and data order.
+    """
+
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPoint:
+    """One evaluation of a training.
+
+    Attributes:
+        step: Updates done.
+        examples: Training examples processed.
+        train_loss: Mean loss of the updates since the evaluation before; None without any.
+        val_loss: Validation loss, or None without validation data.
+        val_metric: Validation metric, or None without one.
+    """
+
+    step: int
+    examples: int
+    train_loss: float | None
+    val_loss: float | None
+    val_metric: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyTrial:
+    """One training and how it ended.
+
+    Attributes:
+        batch_size: Examples per update.
+        learning_rate: Learning rate.
+        seed: Decides initial weights and data order.
+        state: How it ended; of a training that diverged, losses and metric are None.
+        steps: Updates done.
+        examples: Training examples processed.
+        seconds: What these updates take in the training loop, by the measured step time; None
+            where it was not measured.
+        train_loss: At the last evaluation.
+        val_loss: At the last evaluation.
+        val_metric: At the last evaluation.
+        steps_to_target: Where the target was first met, interpolated between evaluations; None
+            where it was not, or there is none.
+        note: Why it failed, or empty.
+    """
+
+    batch_size: int
+    learning_rate: float
+    seed: int
+    state: TrialState
+    steps: int
+    examples: int
+    seconds: float | None
+    train_loss: float | None
+    val_loss: float | None
+    val_metric: float | None
+    steps_to_target: float | None
+    note: str = ""
