@@ -214,14 +214,15 @@ def _which_rule(exponent: Estimate) -> str:
 
 
 def _rules(study: Study) -> str:
-    first = study.sizes[0].batch_size
     names = {"linear": "linear", "sqrt": "square-root"}
     parts = [
         f"{names[rule.rule]} scaling holds to {rule.holds_to:,}"
         + ("" if rule.breaks_at is None else f" and fails at {rule.breaks_at:,}")
         for rule in study.fits.rate_rules
     ]
-    return f" From batch {first:,}, {_listed(parts)}." if parts else ""
+    if not parts:
+        return ""
+    return f" From batch {study.fits.rate_rules[0].begins_at:,}, {_listed(parts)}."
 
 
 def _cost(study: Study) -> str:

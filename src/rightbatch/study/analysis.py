@@ -139,6 +139,7 @@ class SizeTable:
     Attributes:
         batch_size: Examples per update.
         rates: Learning rates, ascending.
+        met: Whether any training met the target: rates are then compared by the steps to it.
         resolved: Whether any training ended with what they are compared by.
         best: Index of the best of them; 0 where nothing is resolved.
         drawn: The best of bootstrap samples of the seeds.
@@ -151,6 +152,7 @@ class SizeTable:
         self._seeds = tuple(sorted({trial.key.seed for trial in trials}))
         self._by_key = {(t.key.learning_rate, t.key.seed): t for t in trials}
         self._rows = {key: summarise_trial(trial, setting) for key, trial in self._by_key.items()}
+        self.met = any(row.steps_to_target is not None for row in self._rows.values())
         scores = self._scores()
         self.resolved = bool(np.isfinite(scores).any())
         self.best = best_of_rates(scores)
@@ -166,13 +168,12 @@ class SizeTable:
 
     def _scores(self) -> NDArray[np.float64]:
         """Ln steps to the target where anything met it, else the last loss; NaN without."""
-        met = any(row.steps_to_target is not None for row in self._rows.values())
 
         def score(rate: float, seed: int) -> float:
             row = self._rows.get((rate, seed))
             if row is None or row.state != "complete":
                 return math.nan
-            if met:
+            if self.met:
                 return math.nan if row.steps_to_target is None else math.log(row.steps_to_target)
             loss = self._last_loss(rate, seed)
             return math.nan if loss is None else loss
@@ -294,7 +295,9 @@ def fit_sizes(
                 fit.critical_batch, fit.min_steps, fit.min_examples,
             )  # fmt: skip
             notes += fit.warnings
-    inside = [table for table in tables if table.at_edge is None]
+    # A rate that is best by another measure than the others' is no point of the same line.
+    alike = [t for t in tables if t.met] if any(t.met for t in tables) else tables
+    inside = [table for table in alike if table.at_edge is None]
     exponent = unresolved(len(inside), "fewer than three sizes with a best rate inside the grid")
     if len(inside) >= _LEAST_SIZES:
         exponent = exponent_over_sizes(
@@ -333,14 +336,25 @@ def _steps_of_all(tables: Sequence[SizeTable]) -> list[StepsToTarget]:
     return found
 
 
+def _follow_rules(findings: Sequence[SizeFinding]) -> tuple[RateRule, ...]:
+    """How far each rule holds, from the smallest size whose best rate is known on both sides."""
+    known = [f for f in findings if f.learning_rate.low and f.learning_rate.high]
+    return tuple(_follow(rule, known) for rule in RULES) if len(known) > 1 else ()
+
+
 def _follow(rule: Rule, findings: Sequence[SizeFinding]) -> RateRule:
-    """Carries the smallest size's rate along, with its interval, as far as the best ones agree."""
+    """Carries the first size's rate along, with its interval, as far as the best ones agree."""
     first, holds_to = findings[0], findings[0].batch_size
     for finding in findings[1:]:
         if not _agrees(rule, first, finding):
-            return RateRule(rule=rule, holds_to=holds_to, breaks_at=finding.batch_size)
+            return RateRule(
+                rule=rule,
+                begins_at=first.batch_size,
+                holds_to=holds_to,
+                breaks_at=finding.batch_size,
+            )
         holds_to = finding.batch_size
-    return RateRule(rule=rule, holds_to=holds_to, breaks_at=None)
+    return RateRule(rule=rule, begins_at=first.batch_size, holds_to=holds_to, breaks_at=None)
 
 
 def _agrees(rule: Rule, first: SizeFinding, other: SizeFinding) -> bool:

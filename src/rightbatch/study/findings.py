@@ -76,15 +76,17 @@ class SizeFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class RateRule:
-    """A rule that carries the learning rate from the smallest size on, and where it stops holding.
+    """A rule that carries the learning rate from a small size on, and where it stops holding.
 
     Attributes:
         rule: `linear` (in proportion to the batch) or `sqrt`.
+        begins_at: The smallest size whose best rate is inside the rates tried.
         holds_to: The largest size up to which every best rate agrees with it.
         breaks_at: The first size at which it does not; None where it holds at all.
     """
 
     rule: Rule
+    begins_at: int
     holds_to: int
     breaks_at: int | None
 

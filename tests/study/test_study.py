@@ -1,0 +1,254 @@
+"""`run_study`: the same trainings as the plain loop, nothing lost or repeated, honest warnings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from rightbatch import Recipe, Study, Workload, load_workload, run_study, train
+from rightbatch.errors import ProbeError, UsageError
+from rightbatch.store import read_record
+from rightbatch.study import group
+from rightbatch.study import study as study_module
+from rightbatch.study.database import StudyDatabase
+from rightbatch.study.group import cut_into_groups
+from rightbatch.study.study import SCHEMA
+from rightbatch.study.trials import TrialKey
+
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+Y = (X @ torch.tensor([1.0, -2.0, 0.5, 0.0]) > 0).long()
+
+
+def make(**changes: Any) -> Workload:
+    made = {
+        "name": "small",
+        "make_model": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        "train_data": (X[:40], Y[:40]),
+        "val_data": (X[40:], Y[40:]),
+        "loss": F.cross_entropy,
+        "make_optimizer": lambda p, lr: torch.optim.SGD(p, lr=lr),
+        **changes,
+    }
+    return Workload(**made)
+
+
+def small(workload: Workload | None = None, **changes: Any) -> Study:
+    asked = {
+        "batch_sizes": [5, "full"], "learning_rates": [0.05, 0.5], "seeds": 2, "epochs": 3,
+        "engine": "loop", **changes,
+    }  # fmt: skip
+    return run_study(workload or make(), **asked)
+
+
+def without_cost(study: Study) -> dict[str, Any]:
+    return {k: v for k, v in vars(study).items() if k not in ("cost", "comparisons", "sizes")}
+
+
+@pytest.mark.parametrize("engine", ["loop", "auto"])
+def test_its_trainings_are_those_of_train(engine: str) -> None:
+    study = small(engine=engine)
+    assert study.engines[0].startswith("loop" if engine == "loop" else "compiled")
+    assert len(study.trials) == 8 and study.state == "complete"
+    for trial in study.trials:
+        recipe = Recipe(global_batch=trial.batch_size, learning_rate=trial.learning_rate)
+        run = train(make(), recipe, epochs=3, seed=trial.seed)
+        assert (trial.steps, trial.examples) == (run.steps, run.examples)
+        assert trial.val_loss == pytest.approx(run.val_loss, rel=1e-4)
+    assert study.cost.examples == 8 * 120
+
+
+def test_what_is_kept_can_be_read_again(tmp_path: Path) -> None:
+    study = small(run_directory=tmp_path)
+    assert read_record(tmp_path / "study.json", Study, schema=SCHEMA) == study
+    with (tmp_path / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_loss"]) for row in rows] == [t.val_loss for t in study.trials]
+    with (tmp_path / "points.csv").open() as file:
+        points = list(csv.DictReader(file))
+    last = [p for p in points if (p["batch_size"], p["learning_rate"], p["seed"]) ==
+            ("5", "0.05", "1")][-1]  # fmt: skip
+    assert (int(last["step"]), float(last["epochs"])) == (24, 3)
+    (trial,) = [t for t in study.trials_at(5, 0.05) if t.seed == 1]
+    assert float(last["val_loss"]) == trial.val_loss
+
+
+def test_a_finished_study_runs_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = small(run_directory=tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it trained again")
+
+    monkeypatch.setattr(study_module, "run_group", refuse)
+    monkeypatch.setattr(study_module, "measure_throughput", refuse)
+    again = small(run_directory=tmp_path)
+    assert without_cost(again) == without_cost(study) and again.sizes == study.sizes
+    with pytest.raises(UsageError, match="another design"):
+        small(run_directory=tmp_path, seeds=3)
+    with pytest.raises(UsageError, match="another task"):
+        small(make(name="other"), run_directory=tmp_path)
+
+
+@pytest.mark.parametrize("groups_before", [0, 1])
+def test_an_interrupted_study_goes_on_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups_before: int
+) -> None:
+    whole = small()
+    run_group, ran = study_module.run_group, list[TrialKey]()
+
+    def interrupted(workload: Workload, keys: Any, *rest: Any, **options: Any) -> Any:
+        if len({key.batch_size for key in ran}) == groups_before:
+            raise KeyboardInterrupt
+        ran.extend(keys)
+        return run_group(workload, keys, *rest, **options)
+
+    monkeypatch.setattr(study_module, "run_group", interrupted)
+    stopped = small(run_directory=tmp_path)
+    assert stopped.state == "stopped"
+    states = [trial.state for trial in stopped.trials]
+    assert states.count("complete") == 4 * groups_before and states.count("stopped") >= 4
+    monkeypatch.setattr(study_module, "run_group", lambda *a, **k: ran.extend(a[1]) or
+                        run_group(*a, **k))  # fmt: skip
+    again = small(run_directory=tmp_path)
+    assert again.state == "complete" and len(ran) == len(set(ran)) == 8
+    assert [vars(t) | {"seconds": 0} for t in again.trials] == [
+        vars(t) | {"seconds": 0} for t in whole.trials
+    ]
+
+
+KILLED = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[2])
+from test_study import make, small
+from rightbatch.study import study as module
+run_group = module.run_group
+def slow(workload, keys, *rest, **options):
+    found = run_group(workload, keys, *rest, **options)
+    print(keys[0].batch_size, flush=True)
+    time.sleep(0.2)
+    return found
+module.run_group = slow
+small(run_directory=sys.argv[1], batch_sizes=[5, 10, 20, "full"])
+print("end", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_study_survives_being_killed(tmp_path: Path, number: int) -> None:
+    """T4: what was written stays, what was running is run again, nothing twice."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        for _ in range(number + 1):
+            running.stdout.readline()
+        time.sleep(0.1)
+        os.kill(running.pid, signal.SIGKILL)
+    sizes: dict[str, Any] = {"batch_sizes": [5, 10, 20, "full"]}
+    before = StudyDatabase(str(tmp_path / "study.db"), "study")
+    before.open()
+    kept = {trial.key: trial for trial in before.trials() if trial.state == "complete"}
+    before.close()
+    assert len(kept) >= 4 * number
+    again = small(run_directory=tmp_path, **sizes)
+    assert [t.state for t in again.trials] == ["complete"] * 16
+    whole = small(**sizes)
+    assert [t.val_loss for t in again.trials] == [t.val_loss for t in whole.trials]
+
+
+def test_rates_that_it_finds_itself_are_extended_until_the_best_is_inside() -> None:
+    study = run_study(
+        load_workload("max3"), batch_sizes=[100], seeds=2, epochs=5, target="val_loss<=0.6"
+    )
+    (size,) = study.sizes
+    assert size.at_edge is None and len(size.rates) >= 6
+    ratios = [
+        b.learning_rate / a.learning_rate for a, b in zip(size.rates, size.rates[1:], strict=False)
+    ]
+    assert ratios == pytest.approx([2.0] * len(ratios))
+
+
+def test_divergence_is_a_state_and_kept_out_of_means() -> None:
+    regression = make(
+        loss=F.mse_loss, train_data=(X[:40], X[:40, :2]), val_data=(X[40:], X[40:, :2])
+    )
+    study = small(regression, learning_rates=[0.05, 1e9])
+    wild = [t for t in study.trials if t.learning_rate == 1e9]
+    assert {t.state for t in wild} == {"diverged"}
+    assert all(t.val_loss is None for t in wild)
+    for size in study.sizes:
+        assert size.learning_rate.value == 0.05 and size.stable_edge == 0.05
+        assert [rate.diverged for rate in size.rates] == [0, 2]
+
+
+def test_a_size_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_group = study_module.run_group
+
+    def failing(workload: Workload, keys: Any, *rest: Any, **options: Any) -> Any:
+        if keys[0].batch_size == 40:
+            raise MemoryError("no room")
+        return run_group(workload, keys, *rest, **options)
+
+    monkeypatch.setattr(study_module, "run_group", failing)
+    study = small()
+    assert [t.state for t in study.trials_at(40)] == ["failed"] * 4
+    assert any("4 trainings failed; at batch 40: MemoryError: no room" in w for w in study.warnings)
+    assert study.best is not None and study.best.batch_size == 5
+    with pytest.raises(
+        ProbeError, match=r"Every training failed\. The first: MemoryError: no room"
+    ):
+        small(batch_sizes=["full"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "said"),
+    [
+        ({}, "val_accuracy>=0.9", "Use train_loss, val_loss"),
+        ({"val_data": None}, "val_loss<=0.5", "Use train_loss"),
+    ],
+)
+def test_a_target_that_is_not_evaluated_is_refused(
+    changes: dict[str, Any], target: str, said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        small(make(**changes), target=target)
+
+
+def test_without_validation_data_training_losses_are_compared() -> None:
+    study = small(make(val_data=None))
+    assert study.best is not None and study.best.because == "least training loss at the end"
+    assert {s.val_loss.value for s in study.sizes} == {None}
+    epochs = next(c for c in study.comparisons if c.unit == "epochs")
+    assert all(size.loss.resolved for size in epochs.sizes)
+
+
+def test_groups_hold_one_size_and_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [TrialKey(batch_size=b, learning_rate=0.1, seed=s) for b in (1, 8) for s in range(200)]
+    for weights in (10, 10**6, 10**10):
+        groups = cut_into_groups(keys, weights)
+        assert sorted((k.batch_size, k.seed) for g in groups for k in g) == sorted(
+            (k.batch_size, k.seed) for k in keys
+        )
+        assert all(len({k.batch_size for k in g}) == 1 for g in groups)
+        assert groups[0][0].batch_size == 8
+    assert {len(g) for g in cut_into_groups(keys, 10**10)} == {1}
+    assert max(len(g) for g in cut_into_groups(keys, 10)) == group._MOST_TOGETHER
+
+
+def test_few_seeds_and_edges_are_warned_of() -> None:
+    study = small(seeds=1)
+    assert any("1 seed: too few" in warning for warning in study.warnings)
+    assert any("the best of all may lie beyond" in warning for warning in study.warnings)
+    assert json.dumps(study.warnings)
