@@ -50,6 +50,7 @@ def test_the_commands_are_understood(
         ("run_plan", "replay"),
         ("run_train", "run"),
         ("run_probe", "run"),
+        ("run_study", "run"),
     ):
 
         def note(*_: Any, name: str = f"{module}.{function}", **__: Any) -> int:
