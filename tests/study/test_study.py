@@ -23,7 +23,7 @@ from rightbatch.store import read_record
 from rightbatch.study import group
 from rightbatch.study import study as study_module
 from rightbatch.study.database import StudyDatabase
-from rightbatch.study.group import cut_into_groups
+from rightbatch.study.group import cut_into_groups, run_group
 from rightbatch.study.study import SCHEMA
 from rightbatch.study.trials import TrialKey
 
@@ -56,10 +56,17 @@ def without_cost(study: Study) -> dict[str, Any]:
     return {k: v for k, v in vars(study).items() if k not in ("cost", "comparisons", "sizes")}
 
 
-@pytest.mark.parametrize("engine", ["loop", "auto"])
-def test_its_trainings_are_those_of_train(engine: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "ran_by"),
+    [
+        ("loop", "loop: The loop was asked for."),
+        ("compiled", "compiled: The compiled engine was asked for."),
+        ("auto", "loop: Trainings so short are done before a compiler would be."),
+    ],
+)
+def test_its_trainings_are_those_of_train(engine: str, ran_by: str) -> None:
     study = small(engine=engine)
-    assert study.engines[0].startswith("loop" if engine == "loop" else "compiled")
+    assert study.engines == (ran_by,)
     assert len(study.trials) == 8 and study.state == "complete"
     for trial in study.trials:
         recipe = Recipe(global_batch=trial.batch_size, learning_rate=trial.learning_rate)
@@ -232,6 +239,32 @@ def test_without_validation_data_training_losses_are_compared() -> None:
     assert {s.val_loss.value for s in study.sizes} == {None}
     epochs = next(c for c in study.comparisons if c.unit == "epochs")
     assert all(size.loss.resolved for size in epochs.sizes)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_trainings_and_change_nothing(threads: int) -> None:
+    keys = [
+        TrialKey(batch_size=7, learning_rate=2.0**k, seed=s) for k in range(-4, 4) for s in range(3)
+    ]
+    shares: list[float] = []
+    found, _ = run_group(make(), keys, 30, engine="compiled", threads=threads,
+                         progress=shares.append)  # fmt: skip
+    alone, _ = run_group(make(), keys, 30, engine="loop")
+    assert [f.key for f in found] == keys and shares[-1] == 1.0
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours.diverged == theirs.diverged
+        assert [p.step for p in ours.points] == [p.step for p in theirs.points]
+        assert ours.points[-1].val_loss == pytest.approx(theirs.points[-1].val_loss, rel=1e-3)
+
+
+def test_what_a_thread_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(group._Part, "_evaluate", broken)
+    keys = [TrialKey(batch_size=7, learning_rate=0.1, seed=s) for s in range(16)]
+    with pytest.raises(MemoryError, match="no room"):
+        run_group(make(), keys, 30, engine="compiled", threads=2)
 
 
 def test_groups_hold_one_size_and_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

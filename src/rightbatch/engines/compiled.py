@@ -111,6 +111,10 @@ class CompiledCopies:
             done += count
         self._losses_since += num_steps
 
+    def wait(self) -> None:
+        """Returns when the updates that were asked for are done."""
+        jax.block_until_ready(self._carry)
+
     def evaluate(self) -> CopiesEvaluation:
         """Evaluates every copy on the validation set and closes the training-loss interval."""
         count = len(self.seeds)

@@ -60,6 +60,10 @@ class Copies(Protocol):
         """Does `num_steps` updates of every copy that has not diverged."""
         ...
 
+    def wait(self) -> None:
+        """Returns when the updates that were asked for are done: `advance` may return before."""
+        ...
+
     def evaluate(self) -> CopiesEvaluation:
         """Evaluates every copy on the validation set and closes the training-loss interval."""
         ...

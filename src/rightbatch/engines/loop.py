@@ -58,6 +58,9 @@ class LoopCopies:
             training.advance(num_steps)
         self.steps += num_steps
 
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
     def evaluate(self) -> CopiesEvaluation:
         """Evaluates every copy on the validation set and closes the training-loss interval."""
         points = [training.evaluate() for training in self._trainings]

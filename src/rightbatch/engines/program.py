@@ -53,6 +53,10 @@ class Stretch(NamedTuple):
     last: Any
 
 
+_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+"""Products as small as these are not worth handing to other threads."""
+
+
 class Program:
     """The compiled training of one (workload, global batch).
 
@@ -98,7 +102,8 @@ class Program:
         """
         if groups not in self._compiled:
             function = functools.partial(self._advance, groups)
-            self._compiled[groups] = jax.jit(function, donate_argnums=0)
+            options = _ONE_THREAD if jax.default_backend() == "cpu" else None
+            self._compiled[groups] = jax.jit(function, donate_argnums=0, compiler_options=options)
         return self._compiled[groups](carry, stretch, self._leaves)
 
     def _advance(

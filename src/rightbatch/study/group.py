@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from rightbatch.engines import Copies, CopiesEvaluation, make_copies
+from rightbatch.engines import CopiesEvaluation, make_copies
 from rightbatch.laws.progress import examples_after
 from rightbatch.study.trials import EvaluationPoint, TrialKey
 from rightbatch.workload import Workload
@@ -21,6 +24,13 @@ _MOST_BYTES = 2**29
 """Of weights, gradients and optimizer state of all trainings that run together."""
 _MOST_TOGETHER = 128
 _COPIES_OF_WEIGHTS = 4
+_WORTH_COMPILING = 2.5
+"""Seconds of all updates in the training loop; compiling takes one to four."""
+_FEWEST_IN_A_THREAD = 8
+"""Trainings: fewer gain nothing from being divided further."""
+_FIRST_PIECE, _PIECE_SECONDS = 64, 0.25
+"""Updates, then seconds, after which a thread looks whether it is to stop."""
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,58 +93,155 @@ def run_group(
     steps: int,
     *,
     engine: Engine = "auto",
+    step_seconds: float | None = None,
+    threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[Finished], str]:
     """Runs trainings of one batch size to their end.
+
+    The compiled engine uses one core; with several, the trainings are divided among threads.
 
     Args:
         workload: What to train.
         keys: Which trainings; all have the same batch size.
         steps: Updates of each.
         engine: What runs them.
+        step_seconds: Of one update in the training loop: few and short ones are not worth
+            compiling.
+        threads: How many. Default: the cores that this process may use.
         progress: Told the share of the updates that is done.
 
     Returns:
         The trainings in the order of `keys`, and which engine ran them and why.
     """
-    copies = make_copies(
-        workload,
-        global_batch=keys[0].batch_size,
-        learning_rates=[key.learning_rate for key in keys],
-        seeds=[key.seed for key in keys],
-        engine=engine,
-    )
-    ran_by = f"{copies.engine}: {copies.reason}"
-    points: list[list[EvaluationPoint]] = [[] for _ in keys]
-    diverged = np.zeros(len(keys), dtype=bool)
-    held = np.arange(len(keys))
-    for step in evaluation_steps(steps):
-        copies.advance(step - copies.steps)
-        evaluation = copies.evaluate()
-        diverged[held] |= evaluation.diverged
-        examples = round(examples_after(step, keys[0].batch_size, workload.num_examples))
+    seconds = math.inf if step_seconds is None else step_seconds * steps * len(keys)
+    short = engine == "auto" and seconds < _WORTH_COMPILING
+    engine = "loop" if short else engine
+    most = len(os.sched_getaffinity(0)) if threads is None else threads
+    count = max(1, min(most, len(keys) // _FEWEST_IN_A_THREAD))
+    # Interleaved, so that all take about as long: those that diverge end early.
+    parts = [_Part(workload, keys[::count], steps, engine)]
+    if count > 1 and parts[0].copies.engine == "compiled":
+        parts += [_Part(workload, keys[i::count], steps, engine) for i in range(1, count)]
+        _run_in_threads(parts, progress)
+    else:
+        parts = parts if count == 1 else [_Part(workload, keys, steps, engine)]
+        parts[0].run(progress)
+    found = {finished.key: finished for part in parts for finished in part.finished()}
+    copies = parts[0].copies
+    reason = copies.reason
+    if short:
+        reason = "Trainings so short are done before a compiler would be."
+    return [found[key] for key in keys], f"{copies.engine}: {reason}"
+
+
+class _Part:
+    """Some of a group's trainings, run in one thread.
+
+    Attributes:
+        copies: The trainings.
+        share: Of the updates, how many are done.
+        stop: Set from outside: ends at the next pause.
+        error: What ended it.
+    """
+
+    def __init__(
+        self, workload: Workload, keys: Sequence[TrialKey], steps: int, engine: Engine
+    ) -> None:
+        self._keys, self._steps = keys, steps
+        self._num_examples = workload.num_examples
+        self.copies = make_copies(
+            workload,
+            global_batch=keys[0].batch_size,
+            learning_rates=[key.learning_rate for key in keys],
+            seeds=[key.seed for key in keys],
+            engine=engine,
+        )
+        self._points: list[list[EvaluationPoint]] = [[] for _ in keys]
+        self._diverged = np.zeros(len(keys), dtype=bool)
+        self._held = np.arange(len(keys))
+        self.share, self.stop = 0.0, False
+        self.error: BaseException | None = None
+
+    def run(self, progress: Callable[[float], None] | None = None) -> None:
+        """Runs all to their end."""
+        for step in evaluation_steps(self._steps):
+            self._advance_to(step)
+            if self.stop:
+                return
+            self._evaluate(step)
+            self.share = step / self._steps
+            if progress is not None:
+                progress(self.share)
+            if self._diverged[self._held].all():
+                break
+            self._retire()
+        self.share = 1.0
+
+    def run_quietly(self) -> None:
+        """The same in a thread; what it raises is kept."""
+        try:
+            self.run()
+        except BaseException as error:
+            self.error = error
+
+    def _advance_to(self, step: int) -> None:
+        """In pieces that are short enough to be stopped between."""
+        piece = _FIRST_PIECE
+        while self.copies.steps < step and not self.stop:
+            count = min(piece, step - self.copies.steps)
+            began = time.perf_counter()
+            self.copies.advance(count)
+            if count < step - self.copies.steps or piece > _FIRST_PIECE:
+                self.copies.wait()
+                spent = max(time.perf_counter() - began, 1e-6)
+                piece = max(1, min(8 * piece, int(count * _PIECE_SECONDS / spent)))
+
+    def _evaluate(self, step: int) -> None:
+        evaluation = self.copies.evaluate()
+        self._diverged[self._held] |= evaluation.diverged
+        examples = round(examples_after(step, self._keys[0].batch_size, self._num_examples))
         for slot in np.flatnonzero(~evaluation.diverged):
-            points[held[slot]].append(_point(evaluation, int(slot), step, examples))
-        if progress is not None:
-            progress(step / steps)
-        if diverged[held].all():
-            break
-        held = _retire(copies, held, diverged)
-    finished = [
-        Finished(key=key, diverged=bool(left), points=tuple(own))
-        for key, left, own in zip(keys, diverged, points, strict=True)
-    ]
-    return finished, ran_by
+            point = _point(evaluation, int(slot), step, examples)
+            self._points[self._held[slot]].append(point)
+
+    def _retire(self) -> None:
+        """Leaves those that diverged out, where they are most of what is held."""
+        alive = ~self._diverged[self._held]
+        # Another number of copies is compiled anew: leaving a few out costs more than it saves.
+        if 2 * alive.sum() <= len(self._held):
+            self.copies.keep(alive)
+            self._held = self._held[alive]
+
+    def finished(self) -> list[Finished]:
+        """The trainings at their end."""
+        return [
+            Finished(key=key, diverged=bool(left), points=tuple(own))
+            for key, left, own in zip(self._keys, self._diverged, self._points, strict=True)
+        ]
 
 
-def _retire(copies: Copies, held: np.ndarray, diverged: np.ndarray) -> np.ndarray:
-    """Leaves those that diverged out, where they are most of what is held."""
-    alive = ~diverged[held]
-    # Another number of copies is compiled anew: leaving a few out costs more than it saves.
-    if 2 * alive.sum() > len(held):
-        return held
-    copies.keep(alive)
-    return held[alive]
+def _run_in_threads(parts: Sequence[_Part], progress: Callable[[float], None] | None) -> None:
+    """Runs parts side by side; an interrupt ends them at their next pause."""
+    running = [threading.Thread(target=part.run_quietly, daemon=True) for part in parts]
+    for thread in running:
+        thread.start()
+    try:
+        while any(thread.is_alive() for thread in running):
+            for thread in running:
+                thread.join(_POLL_SECONDS)
+            if progress is not None:
+                progress(sum(part.share for part in parts) / len(parts))
+            if any(part.error for part in parts):
+                break
+    finally:
+        for part in parts:
+            part.stop = True
+        for thread in running:
+            thread.join()
+    for part in parts:
+        if part.error is not None:
+            raise part.error
 
 
 def _point(evaluation: CopiesEvaluation, slot: int, step: int, examples: int) -> EvaluationPoint:

@@ -309,9 +309,8 @@ class _Runner:
         trials = database.trials()
         ended = sum(trial.state in FINAL for trial in trials)
         seconds_of = self._setting.seconds_of
-        steps = self._design.budget.steps(
-            size, self._workload.num_examples, None if seconds_of is None else seconds_of(size)
-        )
+        step_seconds = None if seconds_of is None else seconds_of(size)
+        steps = self._design.budget.steps(size, self._workload.num_examples, step_seconds)
 
         def tell(share: float) -> None:
             done = (ended + share * len(keys)) / len(trials)
@@ -321,7 +320,12 @@ class _Runner:
         database.set_state(keys, "running")
         try:
             finished, ran_by = run_group(
-                self._workload, keys, steps, engine=self._engine, progress=tell
+                self._workload,
+                keys,
+                steps,
+                engine=self._engine,
+                step_seconds=step_seconds,
+                progress=tell,
             )
         except RightbatchError:
             database.set_state(keys, "waiting")
