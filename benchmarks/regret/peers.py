@@ -21,10 +21,11 @@ import torch
 import rightbatch
 from rightbatch.errors import RightbatchError
 from rightbatch.isolate import preserved_state
+from rightbatch.laws.progress import examples_after
 from rightbatch.recipe import Recipe
 from rightbatch.workload import Workload
 
-from .running import Arrival, examples_of, run_cells
+from .running import Arrival, run_cells
 from .truth import Truth
 
 TYPICAL_BATCH = 32
@@ -337,7 +338,7 @@ class OptunaSearch:
         if math.isfinite(self.best_seconds):
             limit = min(limit, max(1, math.ceil(2 * self.best_seconds / step_seconds)))
         arrival = self._run(self._situation.workload, batch, [rate], [seed], lambda _: limit)[0]
-        self.spent += examples_of(arrival.steps_run, batch, truth.num_examples)
+        self.spent += examples_after(arrival.steps_run, batch, truth.num_examples)
         if arrival.steps_to_target is None:
             # Diverging early must not look better than coming close.
             return 4.0 * limit * step_seconds

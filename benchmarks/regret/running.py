@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from rightbatch.engines import CopiesEvaluation, make_copies
+from rightbatch.laws.curve import crossing
 from rightbatch.recipe import Recipe
 from rightbatch.training import Training
 from rightbatch.workload import Workload
@@ -79,31 +80,6 @@ def evaluation_steps(limit: int) -> Iterator[int]:
     yield limit
 
 
-def crossing(before: tuple[float, float], after: tuple[float, float], target: Target) -> float:
-    """Where a run met its target between two evaluations.
-
-    Args:
-        before: Step and value of an evaluation that did not meet it (a value that is not finite
-            tells nothing: the later step is the answer).
-        after: Step and value of one that did.
-        target: The target.
-
-    Returns:
-        Steps, interpolated in ln value (in the value, where a logarithm does not exist).
-
-    Example:
-        >>> from rightbatch.workload.target import parse_target
-        >>> round(crossing((10, 4.0), (20, 1.0), parse_target("val_loss<=2")), 9)
-        15.0
-    """
-    (first, high), (last, low), goal = before, after, target.value
-    if not math.isfinite(high):
-        return float(last)
-    if min(high, low, goal) > 0:
-        high, low, goal = math.log(high), math.log(low), math.log(goal)
-    return float(first + (last - first) * (high - goal) / (high - low))
-
-
 def run_to_target(
     runs: Runs,
     target: Target,
@@ -138,7 +114,9 @@ def run_to_target(
             if evaluation.diverged[slot]:
                 arrivals[run] = Arrival(state="diverged", steps_to_target=None, steps_run=step)
             elif target.reached(float(values[slot])):
-                when = crossing((last_step, float(last[slot])), (step, float(values[slot])), target)
+                when = crossing(
+                    (last_step, float(last[slot])), (step, float(values[slot])), target.value
+                )
                 arrivals[run] = Arrival(state="reached", steps_to_target=when, steps_run=step)
         waiting = np.array([arrivals[run] is None for run in held])
         last, last_step = values, step
@@ -243,22 +221,3 @@ class _WarmRuns:
 
 def _array(values: Sequence[float | None]) -> np.ndarray[Any, Any]:
     return np.array([math.nan if value is None else value for value in values])
-
-
-def examples_of(steps: float, global_batch: int, num_examples: int) -> float:
-    """Training examples in so many updates; the last update of an epoch may be smaller.
-
-    Args:
-        steps: Updates.
-        global_batch: Examples per update.
-        num_examples: Size of the training set.
-
-    Returns:
-        Examples.
-
-    Example:
-        >>> examples_of(3, 40, 100), examples_of(4, 40, 100)
-        (100.0, 140.0)
-    """
-    epochs, rest = divmod(steps, math.ceil(num_examples / global_batch))
-    return float(epochs * num_examples + min(rest * global_batch, num_examples))

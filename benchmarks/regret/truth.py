@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 import rightbatch
 from rightbatch.errors import UsageError
+from rightbatch.laws.progress import examples_after
 from rightbatch.laws.timing import StepTime
 from rightbatch.recipe import Recipe
 from rightbatch.store import safe_name, write_atomically
@@ -27,7 +28,7 @@ from rightbatch.training import Training
 from rightbatch.workload import Workload
 
 from .grid import Cell, Grid, Settings, batches_outward, explore
-from .running import examples_of, run_cells
+from .running import run_cells
 
 SCHEMA = "rightbatch.grid-truth/1"
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "regret"
@@ -89,7 +90,8 @@ class Truth:
     def cost_examples(self) -> float:
         """Examples that the whole grid processed."""
         return sum(
-            examples_of(cell.steps_run, cell.global_batch, self.num_examples) for cell in self.cells
+            examples_after(cell.steps_run, cell.global_batch, self.num_examples)
+            for cell in self.cells
         )
 
     def baseline(self) -> tuple[int, float] | None:
@@ -99,7 +101,7 @@ class Truth:
         if place is None:
             return None
         steps = [c.steps_to_target for c in grid.at(*place) if c.steps_to_target is not None]
-        return place[1], examples_of(statistics.fmean(steps), place[0], self.num_examples)
+        return place[1], examples_after(statistics.fmean(steps), place[0], self.num_examples)
 
 
 class CpuClock:

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 from benchmarks.regret.running import (
     SPACING,
-    crossing,
     evaluation_steps,
-    examples_of,
     run_cells,
     run_recipe,
     run_to_target,
@@ -136,33 +134,3 @@ def test_evaluations_are_close_enough_and_end_at_the_limit(limit: int) -> None:
     assert steps[-1] == limit
     for before, after in itertools.pairwise(steps):
         assert after == before + 1 or 1 < after / before <= SPACING
-
-
-@given(
-    rate=st.floats(0.001, 0.2),
-    first=st.integers(1, 50),
-    gap=st.integers(1, 20),
-    where=st.floats(0.01, 1.0),
-)
-def test_crossing_is_exact_on_an_exponential(
-    rate: float, first: int, gap: int, where: float
-) -> None:
-    truth = first + where * gap
-
-    def value(step: float) -> float:
-        return TARGET.value * math.exp(-rate * (step - truth))
-
-    last = first + gap
-    found = crossing((first, value(first)), (last, value(last)), TARGET)
-    assert found == pytest.approx(truth, rel=1e-6)
-
-
-def test_crossing_of_a_metric_and_after_a_loss_that_was_not_finite() -> None:
-    accuracy = parse_target("val_accuracy>=0.5")
-    assert crossing((4, 0.0), (8, 1.0), accuracy) == 6.0
-    assert crossing((4, math.nan), (8, 1.0), TARGET) == 8.0
-
-
-def test_examples_count_the_smaller_last_batch() -> None:
-    assert [examples_of(n, 32, 100) for n in range(6)] == [0, 32, 64, 96, 100, 132]
-    assert examples_of(3, 100, 100) == 300

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rightbatch.laws.curve import (
     LossCurve,
     compare_steps,
+    crossing,
     log_of_loss,
     loss_of_log,
     make_loss_curve,
@@ -224,3 +225,27 @@ def test_steps_must_ascend_from_above_0(steps: list[float]) -> None:
 def test_there_must_be_as_many_losses_as_steps() -> None:
     with pytest.raises(ValueError, match=r"as many losses; got \[1, 2, 3\] and 2 losses"):
         make_loss_curve([1, 2, 3], [1.0, 1.0])
+
+
+@given(
+    rate=st.floats(0.001, 0.2),
+    first=st.integers(1, 50),
+    gap=st.integers(1, 20),
+    where=st.floats(0.01, 1.0),
+)
+def test_crossing_is_exact_on_an_exponential(
+    rate: float, first: int, gap: int, where: float
+) -> None:
+    truth, goal = first + where * gap, 0.5
+
+    def value(step: float) -> float:
+        return goal * math.exp(-rate * (step - truth))
+
+    last = first + gap
+    found = crossing((first, value(first)), (last, value(last)), goal)
+    assert found == pytest.approx(truth, rel=1e-6)
+
+
+def test_crossing_of_a_metric_and_after_a_loss_that_was_not_finite() -> None:
+    assert crossing((4, 0.0), (8, 1.0), 0.5) == 6.0
+    assert crossing((4, math.nan), (8, 1.0), 0.5) == 8.0

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rightbatch.errors import UsageError
-from rightbatch.laws.progress import examples_after, steps_per_epoch, steps_to_cover
 from rightbatch.study.design import Budget, make_design
 
 
@@ -80,12 +77,3 @@ def test_a_budget_in_updates_of_each_batch() -> None:
     assert steps("examples", 130, 30) == 5  # 30, 30, 30, 10, then 30
     assert steps("seconds", 3.2, 30) == 6
     assert steps("seconds", 0.1, 30) == 1
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 300))
-def test_steps_cover_the_examples_and_no_fewer_do(batch: int, more: int, examples: int) -> None:
-    N = batch + more - 1
-    steps = steps_to_cover(examples, batch, N)
-    assert examples_after(steps, batch, N) >= examples
-    assert steps == 0 or examples_after(steps - 1, batch, N) < examples
-    assert examples_after(3 * steps_per_epoch(batch, N), batch, N) == 3 * N
