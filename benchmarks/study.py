@@ -13,6 +13,7 @@ results/study.md and results/study.json.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -224,7 +225,7 @@ def _optuna_overhead() -> float:
 def _time_keras(workload: Any, batch: int) -> float | None:
     """Seconds of an update by `fit`, from two lengths whose difference is what is counted."""
     try:
-        import keras
+        keras: Any = importlib.import_module("keras")
     except ImportError:
         return None
     layers = {"max3": (3, [9, 9], 3), "digits": (64, [64], 10)}.get(workload.name)
@@ -244,7 +245,7 @@ def _time_keras(workload: Any, batch: int) -> float | None:
     def fit(count: int, epochs: int) -> float:
         some = inputs[:count], targets[:count]
         return _timed(
-            lambda: model.fit(*some, batch_size=batch, epochs=epochs, shuffle=True, verbose=0)  # pyright: ignore[reportArgumentType]
+            lambda: model.fit(*some, batch_size=batch, epochs=epochs, shuffle=True, verbose=0)
         )[0]
 
     if per_epoch >= 1000:  # part of an epoch tells enough

@@ -110,7 +110,11 @@ def test_json_is_one_object_as_designed(capsys: Captured) -> None:
 def test_gone_on_with_and_not_kept(capsys: Captured, tmp_path: Path) -> None:
     assert main([*SMALL, "--run", "here"]) == 0
     assert "Kept in here" in capsys.readouterr().out
-    assert main([*SMALL, "--resume", "here"]) == 0
+    first = json.loads(Path("here/study.json").read_text())
+    # With the design that it was begun with, without repeating it.
+    assert main(["study", "max3", "--resume", "here", "--quiet"]) == 0
+    again = json.loads(Path("here/study.json").read_text())
+    assert (again["design"], again["trials"]) == (first["design"], first["trials"])
     assert main([*SMALL, "--no-run"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
@@ -125,6 +129,7 @@ def test_gone_on_with_and_not_kept(capsys: Captured, tmp_path: Path) -> None:
         (["--target", "loss"], "cannot be read"),
         (["--storage", "nonsense://x"], "no URL that can be read"),
         (["--resume", "."], "There is no study in '.'"),
+        (["--resume", ".", "--run", "x"], "--resume already says where"),
     ],
 )
 def test_wrong_arguments_are_told_in_a_sentence(

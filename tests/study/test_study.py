@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -153,26 +154,39 @@ print("end", flush=True)
 """
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_a_study_survives_being_killed(tmp_path: Path, number: int) -> None:
+def check_a_kill(folder: Path, seed: int) -> None:
     """T4: what was written stays, what was running is run again, nothing twice."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    draw = random.Random(seed)
+    groups, delay = draw.randrange(4), draw.uniform(0.0, 0.25)
+    command = [sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        for _ in range(number + 1):
+        for _ in range(groups + 1):
             running.stdout.readline()
-        time.sleep(0.1)
+        time.sleep(delay)
         os.kill(running.pid, signal.SIGKILL)
+    about = f"seed {seed}: killed after {groups} groups and {delay:.3f} s"
     sizes: dict[str, Any] = {"batch_sizes": [5, 10, 20, "full"]}
-    before = StudyDatabase(str(tmp_path / "study.db"), "study")
+    before = StudyDatabase(str(folder / "study.db"), "study")
     before.open()
-    kept = {trial.key: trial for trial in before.trials() if trial.state == "complete"}
+    kept = [trial for trial in before.trials() if trial.state == "complete"]
     before.close()
-    assert len(kept) >= 4 * number
-    again = small(run_directory=tmp_path, **sizes)
-    assert [t.state for t in again.trials] == ["complete"] * 16
+    assert len(kept) >= 4 * groups, about
+    again = small(run_directory=folder, **sizes)
+    assert [t.state for t in again.trials] == ["complete"] * 16, about
     whole = small(**sizes)
-    assert [t.val_loss for t in again.trials] == [t.val_loss for t in whole.trials]
+    assert [t.val_loss for t in again.trials] == [t.val_loss for t in whole.trials], about
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_study_survives_being_killed(tmp_path: Path, seed: int) -> None:
+    check_a_kill(tmp_path, seed)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", range(50))
+def test_a_study_survives_fifty_kills(tmp_path: Path, seed: int) -> None:
+    check_a_kill(tmp_path, 100 + seed)
 
 
 def test_rates_that_it_finds_itself_are_extended_until_the_best_is_inside() -> None:

@@ -206,7 +206,7 @@ def study(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="Go on with the study in this folder."),
+        typer.Option(exists=True, file_okay=False, help="Go on with the study here, as begun."),
     ] = None,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep nothing.")] = False,
     storage: Annotated[

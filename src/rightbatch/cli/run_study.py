@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.render_study import study_text
 from rightbatch.errors import UsageError
 from rightbatch.store import dump_record, make_run_directory
-from rightbatch.study.study import DATABASE, SCHEMA, Study, run_study
+from rightbatch.study.design import StudyDesign, Unit
+from rightbatch.study.study import SCHEMA, Study, read_design, run_study
 
 
 def run(
@@ -42,8 +43,10 @@ def run(
     """
     if not keep and (run or resume or options["storage"]):
         raise UsageError("--no-run keeps nothing. Drop it, or --run, --resume and --storage.")
-    if resume is not None and not (resume / DATABASE).exists():
-        raise UsageError(f"There is no study in {str(resume)!r}: it has no {DATABASE}.")
+    if resume is not None and (run or options["storage"]):
+        raise UsageError("--resume already says where the study is. Drop --run and --storage.")
+    if resume is not None:
+        options |= _as_begun(read_design(resume))
     with output.progress(f"Study of {reference}") as report:
         report(f"Checking {reference}")
         workload = open_workload(reference, "cpu", threads)
@@ -53,6 +56,19 @@ def run(
         study = run_study(workload, run_directory=folder, progress=report, **options)
     output.result(lambda: _text(study, folder), lambda: _data(study, folder))
     return 130 if study.state == "stopped" else 0
+
+
+def _as_begun(design: StudyDesign) -> dict[str, Any]:
+    """The options that a study was begun with."""
+    lengths: dict[str, Any] = dict.fromkeys(get_args(Unit))
+    lengths[design.budget.unit] = design.budget.amount
+    return {
+        "batch_sizes": design.batch_sizes,
+        "learning_rates": design.learning_rates or "auto",
+        "seeds": design.seeds,
+        "target": design.target,
+        **lengths,
+    }
 
 
 def _text(study: Study, folder: Path | None) -> str:

@@ -184,6 +184,28 @@ def run_study(
         database.close()
 
 
+def read_design(run_directory: str | Path) -> StudyDesign:
+    """The design of a study that was begun.
+
+    Args:
+        run_directory: Where its files are.
+
+    Returns:
+        The design.
+
+    Raises:
+        UsageError: If there is no study.
+    """
+    place = Path(run_directory) / DATABASE
+    if not place.exists():
+        raise UsageError(f"There is no study in {str(run_directory)!r}: it has no {DATABASE}.")
+    database = StudyDatabase(str(place), _NAME)
+    try:
+        return database.open()[0]
+    finally:
+        database.close()
+
+
 class _Runner:
     def __init__(
         self,
