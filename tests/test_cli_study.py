@@ -114,6 +114,8 @@ def test_gone_on_with_and_not_kept(capsys: Captured, tmp_path: Path) -> None:
     # With the design that it was begun with, without repeating it.
     assert main(["study", "max3", "--resume", "here", "--quiet"]) == 0
     again = json.loads(Path("here/study.json").read_text())
+    assert main([*SMALL, "--resume", "here"]) == 2
+    assert "Drop --batch-sizes, --learning-rates, --seeds, --epochs" in capsys.readouterr().err
     assert (again["design"], again["trials"]) == (first["design"], first["trials"])
     assert main([*SMALL, "--no-run"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

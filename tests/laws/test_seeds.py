@@ -62,15 +62,29 @@ def test_the_interval_of_the_best_rate_holds_it() -> None:
     for _ in range(200):
         best = 2.0 ** rng.uniform(-4, 1)
         scores = valley(best, 0.15, rng)
-        found = rate_interval(RATES, best_of_rates(scores), draw_best_rates(scores))
+        found = rate_interval(RATES, best_of_rates(scores), draw_best_rates(scores), 5)
         held += (found.low or 0) <= best <= (found.high or math.inf)
     assert held >= 0.91 * 200  # the grid is coarse: more than 95 % is honest too
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.4, 1.0])
+def test_few_seeds_do_not_claim_more_than_they_know(noise: float) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        best = 2.0 ** rng.uniform(-4, 1)
+        scores = valley(best, noise, rng, seeds=2)
+        found = rate_interval(RATES, best_of_rates(scores), draw_best_rates(scores), 2)
+        held += (found.low or 0) <= best <= (found.high or math.inf)
+    assert held >= 0.91 * 200
+    one = valley(0.5, noise, rng, seeds=1)
+    alone = rate_interval(RATES, best_of_rates(one), draw_best_rates(one), 1)
+    assert (alone.low, alone.high, alone.n) == (None, None, 1)
+
+
 def test_at_the_ends_of_what_was_tried_the_interval_is_open() -> None:
     scores = np.arange(4.0)[:, None] * np.ones((1, 3))
-    low = rate_interval(RATES[:4], best_of_rates(scores), draw_best_rates(scores))
-    high = rate_interval(RATES[:4], best_of_rates(-scores), draw_best_rates(-scores))
+    low = rate_interval(RATES[:4], best_of_rates(scores), draw_best_rates(scores), 3)
+    high = rate_interval(RATES[:4], best_of_rates(-scores), draw_best_rates(-scores), 3)
     assert low.low is None and low.high is not None
     assert high.high is None and high.low is not None
 

@@ -56,6 +56,7 @@ def test_learning_rates(asked: Any, rates: tuple[float, ...] | None) -> None:
         ({"learning_rates": []}, "no learning rate"),
         ({"seeds": 0}, "seeds is 0"),
         ({"seeds": [-1]}, "seeds is"),
+        ({"seeds": 2.5}, "seeds is 2.5"),
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": float("nan")}, "epochs is nan"),
         ({"epochs": None}, "no length"),

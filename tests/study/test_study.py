@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rightbatch import Recipe, Study, Workload, load_workload, run_study, train
+from rightbatch import Recipe, Study, Workload, accuracy, load_workload, run_study, train
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import read_record
 from rightbatch.study import group
-from rightbatch.study import study as study_module
+from rightbatch.study import runner as study_module
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.group import cut_into_groups, run_group
 from rightbatch.study.study import SCHEMA
@@ -118,7 +118,7 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(
     run_group, ran = study_module.run_group, list[TrialKey]()
 
     def interrupted(workload: Workload, keys: Any, *rest: Any, **options: Any) -> Any:
-        if len({key.batch_size for key in ran}) == groups_before:
+        if len(ran) == 4 * groups_before:
             raise KeyboardInterrupt
         ran.extend(keys)
         return run_group(workload, keys, *rest, **options)
@@ -141,12 +141,12 @@ KILLED = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[2])
 from test_study import make, small
-from rightbatch.study import study as module
+from rightbatch.study import runner as module
 run_group = module.run_group
 def slow(workload, keys, *rest, **options):
     found = run_group(workload, keys, *rest, **options)
     print(keys[0].batch_size, flush=True)
-    time.sleep(0.2)
+    time.sleep(0.1)
     return found
 module.run_group = slow
 small(run_directory=sys.argv[1], batch_sizes=[5, 10, 20, "full"])
@@ -157,21 +157,21 @@ print("end", flush=True)
 def check_a_kill(folder: Path, seed: int) -> None:
     """T4: what was written stays, what was running is run again, nothing twice."""
     draw = random.Random(seed)
-    groups, delay = draw.randrange(4), draw.uniform(0.0, 0.25)
+    ended, delay = draw.randrange(12), draw.uniform(0.0, 0.25)
     command = [sys.executable, "-c", KILLED, str(folder), str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        for _ in range(groups + 1):
+        for _ in range(ended + 1):
             running.stdout.readline()
         time.sleep(delay)
         os.kill(running.pid, signal.SIGKILL)
-    about = f"seed {seed}: killed after {groups} groups and {delay:.3f} s"
+    about = f"seed {seed}: killed after {ended} trainings and {delay:.3f} s"
     sizes: dict[str, Any] = {"batch_sizes": [5, 10, 20, "full"]}
     before = StudyDatabase(str(folder / "study.db"), "study")
     before.open()
     kept = [trial for trial in before.trials() if trial.state == "complete"]
     before.close()
-    assert len(kept) >= 4 * groups, about
+    assert len(kept) >= ended, about
     again = small(run_directory=folder, **sizes)
     assert [t.state for t in again.trials] == ["complete"] * 16, about
     whole = small(**sizes)
@@ -237,6 +237,7 @@ def test_a_size_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.Monk
     ("changes", "target", "said"),
     [
         ({}, "val_accuracy>=0.9", "Use train_loss, val_loss"),
+        ({"metric": accuracy}, "val_other>=0.9", "val_loss or val_accuracy"),
         ({"val_data": None}, "val_loss<=0.5", "Use train_loss"),
     ],
 )
@@ -292,6 +293,98 @@ def test_groups_hold_one_size_and_fit_into_memory(monkeypatch: pytest.MonkeyPatc
         assert groups[0][0].batch_size == 8
     assert {len(g) for g in cut_into_groups(keys, 10**10)} == {1}
     assert max(len(g) for g in cut_into_groups(keys, 10)) == group._MOST_TOGETHER
+
+
+def test_an_error_at_some_rates_does_not_take_the_others_along() -> None:
+    class Touchy(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            found = super().forward(input)
+            if found.abs().max() > 20:
+                raise ValueError("too large")
+            return found
+
+    touchy = make(make_model=lambda: Touchy(4, 2))
+    for engine in ("loop", "auto"):
+        study = small(touchy, learning_rates=[0.05, 1e4], engine=engine)
+        states = {t.learning_rate: t.state for t in study.trials}
+        assert states == {0.05: "complete", 1e4: "failed"}
+        assert study.warnings[0].startswith("4 trainings failed; at batch 5: ValueError: too large")
+    found = run_study(
+        touchy, batch_sizes=[5], seeds=2, epochs=3, engine="loop"
+    )  # it comes to an end
+    assert found.best is not None
+
+
+def test_a_size_that_the_model_cannot_take_is_left_out() -> None:
+    def make_model() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    study = small(make(make_model=make_model), batch_sizes=[1, 13], epochs=2)
+    assert {t.state for t in study.trials_at(1)} == {"failed"}
+    # 13, 13 and 14 examples: the last one joins, since BatchNorm needs two.
+    assert [(t.steps, t.examples) for t in study.trials_at(13)] == [(6, 80)] * 4
+    assert any("No training ended with a loss at batch 1." in w for w in study.warnings)
+
+
+def test_another_workload_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    small(run_directory=tmp_path)
+    adam = {"make_optimizer": lambda p, lr: torch.optim.Adam(p, lr=lr)}
+    thrice = {"loss": lambda o, t: 3 * F.cross_entropy(o, t)}
+    flipped = {"train_data": (X[:40], 1 - Y[:40])}
+    for changes in (adam, thrice, flipped):
+        with pytest.raises(UsageError, match="another task"):
+            small(make(**changes), run_directory=tmp_path)
+
+
+def test_what_failed_is_tried_again_when_it_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_module, "run_group", failing)
+        with pytest.raises(ProbeError):
+            small(run_directory=tmp_path)
+    assert {t.state for t in small(run_directory=tmp_path).trials} == {"complete"}
+
+
+def test_a_metric_can_be_the_target() -> None:
+    study = small(make(metric=accuracy), target="val_accuracy>=0.6", epochs=20)
+    assert study.metric == "val_accuracy"
+    assert all(size.reached == 2 for size in study.sizes)
+    assert all((size.val_metric.low or 0) >= 0 for size in study.sizes)
+    assert all((size.val_metric.high or 1) <= 1 for size in study.sizes)
+
+
+def test_a_training_loss_is_that_of_the_training_set_and_not_of_one_example() -> None:
+    study = small(make(val_data=None), batch_sizes=[1, "full"], target="train_loss<=0.4", epochs=20)
+    for size in study.sizes:
+        assert size.steps_to_target.value is None or size.steps_to_target.value > 3
+    (trial,) = [t for t in study.trials_at(1, 0.05) if t.seed == 0]
+    run = train(make(val_data=(X[:40], Y[:40])), Recipe(global_batch=1, learning_rate=0.05),
+                epochs=20)  # fmt: skip
+    assert trial.train_loss == pytest.approx(run.val_loss, rel=1e-5)
+
+
+def test_a_target_met_at_once_is_told() -> None:
+    study = small(target="val_loss<=9")
+    assert any("was met at the first evaluation at batch 5, 40" in w for w in study.warnings)
+    assert study.sizes[0].learning_rate.value == 0.5  # the lower loss decides
+
+
+def test_odd_places_hold_their_own_study(tmp_path: Path) -> None:
+    place = tmp_path / "a?b #1%20"
+    small(run_directory=place)
+    assert (place / "study.db").exists() and not (tmp_path / "a").exists()
+
+
+def test_several_studies_share_a_storage_by_name(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 's.db'}"
+    small(storage=storage, name="one")
+    small(storage=storage, name="two", seeds=1)
+    with pytest.raises(UsageError, match="another design"):
+        small(storage=storage, name="two")
 
 
 def test_few_seeds_and_edges_are_warned_of() -> None:

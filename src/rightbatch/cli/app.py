@@ -212,6 +212,9 @@ def study(
     storage: Annotated[
         str | None, typer.Option(help="URL of another database than a file in the run.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the study in --storage. Default: the workload's.")
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -236,6 +239,7 @@ def study(
         target=target,
         engine=engine,
         storage=storage,
+        name=name,
     )
 
 

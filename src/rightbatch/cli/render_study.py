@@ -28,7 +28,10 @@ def study_text(study: Study) -> str:
     if study.comparisons:
         parts.append(_equal_costs(study))
     parts += [wrap(sentence) for sentence in _over_sizes(study)]
-    parts += [wrap(f"Note: {note}") for note in (*study.fits.notes, *study.warnings)[:_MOST_NOTES]]
+    notes = (*study.warnings, *study.fits.notes)
+    parts += [wrap(f"Note: {note}") for note in notes[:_MOST_NOTES]]
+    if len(notes) > _MOST_NOTES:
+        parts.append(f"{len(notes) - _MOST_NOTES} more notes are in the record (--json).")
     parts.append(wrap(_cost(study)))
     return "\n\n".join(parts)
 
@@ -51,6 +54,8 @@ def answer(study: Study) -> str:
         f"{stopped}Best for {study.workload}: batch {best.batch_size:,} at learning rate {rate}, "
         f"with the {best.because}."
     )
+    if len(study.design.seeds) == 1:
+        return f"{text} One seed cannot tell how far chance goes: take this as a hint."
     alike = [f"{size:,}" for size in _alike(study)]
     if alike:
         text += f" Batch {_listed(alike)} cannot be told from it: the intervals overlap."
@@ -226,13 +231,18 @@ def _rules(study: Study) -> str:
 
 
 def _cost(study: Study) -> str:
-    count = len(study.trials)
+    count = sum(trial.state in ("complete", "diverged") for trial in study.trials)
     wild = sum(trial.state == "diverged" for trial in study.trials)
     ran = f"{count:,} trainings{f', {wild:,} of which diverged' if wild else ''}"
+    if count < len(study.trials):
+        ran = (
+            f"{count:,} of {len(study.trials):,} trainings{f', {wild:,} diverged' if wild else ''}"
+        )
     engines = sorted({text.split(":")[0] for text in study.engines})
     by = f", by the {_listed(engines)} engine" if engines else ""
     return (
-        f"Cost: {ran}, {study.cost.examples:,} examples in {show_seconds(study.cost.seconds)}{by}."
+        f"Cost: {ran}, {study.cost.examples:,} examples{by}; "
+        f"this call took {show_seconds(study.cost.seconds)}."
     )
 
 

@@ -46,20 +46,30 @@ def run(
     if resume is not None and (run or options["storage"]):
         raise UsageError("--resume already says where the study is. Drop --run and --storage.")
     if resume is not None:
-        options |= _as_begun(read_design(resume))
+        options |= _as_begun(read_design(resume), options)
     with output.progress(f"Study of {reference}") as report:
         report(f"Checking {reference}")
         workload = open_workload(reference, "cpu", threads)
         folder = resume or run
         if folder is None and keep:
             folder = make_run_directory("runs", f"study-{workload.name}")
-        study = run_study(workload, run_directory=folder, progress=report, **options)
+        study = run_study(
+            workload, run_directory=folder, threads=threads, progress=report, **options
+        )
     output.result(lambda: _text(study, folder), lambda: _data(study, folder))
     return 130 if study.state == "stopped" else 0
 
 
-def _as_begun(design: StudyDesign) -> dict[str, Any]:
-    """The options that a study was begun with."""
+_DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3}
+
+
+def _as_begun(design: StudyDesign, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a study was begun with; others are refused."""
+    asked = ("batch_sizes", "learning_rates", "seeds", "target", *get_args(Unit))
+    given = [name for name in asked if options[name] != _DEFAULTS.get(name)]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"--resume goes on with the design that was begun. Drop {names}.")
     lengths: dict[str, Any] = dict.fromkeys(get_args(Unit))
     lengths[design.budget.unit] = design.budget.amount
     return {

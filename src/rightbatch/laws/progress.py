@@ -5,30 +5,33 @@ from __future__ import annotations
 import math
 
 
-def steps_per_epoch(global_batch: int, num_examples: int) -> int:
-    """Updates of one pass over the training set: ⌈N/B⌉.
+def steps_per_epoch(global_batch: int, num_examples: int, smallest: int = 1) -> int:
+    """Updates of one pass over the training set: ⌈N/B⌉, or ⌊N/B⌋ where the rest is too small.
 
     Args:
         global_batch: B, at most N.
         num_examples: N.
+        smallest: Examples that the model needs in one pass; a smaller rest joins the update before.
 
     Returns:
         The updates.
 
     Example:
-        >>> steps_per_epoch(40, 100)
-        3
+        >>> steps_per_epoch(40, 100), steps_per_epoch(33, 100, smallest=2)
+        (3, 3)
     """
-    return math.ceil(num_examples / global_batch)
+    full, rest = divmod(num_examples, global_batch)
+    return max(1, full + (rest >= smallest if rest else 0))
 
 
-def examples_after(steps: float, global_batch: int, num_examples: int) -> float:
+def examples_after(steps: float, global_batch: int, num_examples: int, smallest: int = 1) -> float:
     """Training examples in so many updates.
 
     Args:
         steps: Updates.
         global_batch: B, at most N.
         num_examples: N.
+        smallest: As for `steps_per_epoch`.
 
     Returns:
         Examples.
@@ -37,17 +40,18 @@ def examples_after(steps: float, global_batch: int, num_examples: int) -> float:
         >>> examples_after(3, 40, 100), examples_after(4, 40, 100)
         (100.0, 140.0)
     """
-    epochs, rest = divmod(steps, steps_per_epoch(global_batch, num_examples))
+    epochs, rest = divmod(steps, steps_per_epoch(global_batch, num_examples, smallest))
     return float(epochs * num_examples + min(rest * global_batch, num_examples))
 
 
-def steps_to_cover(examples: float, global_batch: int, num_examples: int) -> int:
+def steps_to_cover(examples: float, global_batch: int, num_examples: int, smallest: int = 1) -> int:
     """The fewest updates that process so many examples.
 
     Args:
         examples: How many, at least 0.
         global_batch: B, at most N.
         num_examples: N.
+        smallest: As for `steps_per_epoch`.
 
     Returns:
         Updates.
@@ -57,5 +61,5 @@ def steps_to_cover(examples: float, global_batch: int, num_examples: int) -> int
         (3, 4, 0)
     """
     epochs, rest = divmod(examples, num_examples)
-    whole = int(epochs) * steps_per_epoch(global_batch, num_examples)
-    return whole + math.ceil(rest / global_batch)
+    per_epoch = steps_per_epoch(global_batch, num_examples, smallest)
+    return int(epochs) * per_epoch + min(per_epoch, math.ceil(rest / global_batch))

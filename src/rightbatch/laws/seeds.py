@@ -121,13 +121,17 @@ def _best(table: Array, drawn: NDArray[np.intp]) -> NDArray[np.intp]:
     return np.argmin(missing.sum(axis=2) * _MISSED * max(span, 1.0) + means, axis=0)
 
 
-def rate_interval(rates: Sequence[float], best: int, drawn: NDArray[np.intp]) -> Estimate:
+def rate_interval(
+    rates: Sequence[float], best: int, drawn: NDArray[np.intp], num_seeds: int
+) -> Estimate:
     """The best of some learning rates, and where the best of all lies.
 
     Args:
         rates: Ascending.
         best: Index of the best.
         drawn: The best of bootstrap samples.
+        num_seeds: Of how many seeds: one has no interval, and of two, which the samples say little
+            about, it reaches one rate farther.
 
     Returns:
         The rate; its interval reaches to the rates beside those that 95 % of the samples chose,
@@ -135,13 +139,17 @@ def rate_interval(rates: Sequence[float], best: int, drawn: NDArray[np.intp]) ->
         what was tried.
     """
     low, high = (int(i) for i in np.quantile(drawn, [0.025, 0.975], method="nearest"))
-    low, high = min(low, best), max(high, best)
+    farther = 2 if num_seeds == 2 else 1
+    low, high = min(low, best) - farther, max(high, best) + farther
+    method = "bootstrap over seeds, to the next rates tried"
+    if num_seeds == 1:
+        return Estimate(value=rates[best], n=1, method="one seed")
     return Estimate(
         value=rates[best],
-        low=None if low == 0 else rates[low - 1],
-        high=None if high == len(rates) - 1 else rates[high + 1],
-        n=len(drawn),
-        method="bootstrap over seeds, to the next rates tried",
+        low=None if low < 0 else rates[low],
+        high=None if high >= len(rates) else rates[high],
+        n=num_seeds,
+        method=method,
     )
 
 
@@ -165,7 +173,7 @@ def exponent_over_sizes(
     """
     x = np.log(np.asarray(sizes, dtype=np.float64))
     x = x - x.mean()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng((0, 1))  # not the stream that seeds are drawn from
     logs = [np.log(np.asarray(own, dtype=np.float64)) for own in rates]
     central = np.array([own[index] for own, index in zip(logs, best, strict=True)])
     samples = np.stack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rightbatch.laws.curve import crossing
-from rightbatch.laws.estimate import unresolved
+from rightbatch.laws.estimate import Estimate, unresolved
 from rightbatch.laws.hyperbola import StepsToTarget, fit_hyperbola
+from rightbatch.laws.progress import steps_per_epoch
 from rightbatch.laws.scaling import scale_learning_rate
 from rightbatch.laws.seeds import (
     best_of_rates,
@@ -41,6 +43,7 @@ from rightbatch.workload.target import Target
 SecondsOf = Callable[[int], float]
 """Seconds of one update at a batch size."""
 _LEAST_SIZES = 3
+_TIE = 1e-6
 _ENDED = ("complete", "diverged")
 
 
@@ -53,12 +56,23 @@ class Setting:
         target: What counts as trained, or None.
         seconds_of: The measured step time, or None.
         has_validation: Whether losses are compared on validation data.
+        smallest: Examples that the model needs in one pass.
+        metric_is_share: Whether the metric lies between 0 and 1.
     """
 
     num_examples: int
     target: Target | None
     seconds_of: SecondsOf | None
     has_validation: bool
+    smallest: int = 1
+    metric_is_share: bool = False
+
+    def metric(self, values: Sequence[float | None]) -> Estimate:
+        """The mean of the metric over seeds, within its range."""
+        mean = mean_over_seeds(values)
+        if not self.metric_is_share or mean.low is None or mean.high is None:
+            return mean
+        return dataclasses.replace(mean, low=max(0.0, mean.low), high=min(1.0, mean.high))
 
     def loss(self, point: EvaluationPoint) -> float | None:
         """The loss that is compared."""
@@ -91,7 +105,8 @@ def summarise_trial(trial: StoredTrial, setting: Setting) -> StudyTrial:
         train_loss=shown.train_loss if shown else None,
         val_loss=shown.val_loss if shown else None,
         val_metric=shown.val_metric if shown else None,
-        steps_to_target=steps_to_target(points, setting.target),
+        # One that met the target and then left the numbers is no recipe.
+        steps_to_target=steps_to_target(points, setting.target) if shown else None,
         note=trial.note,
     )
 
@@ -174,7 +189,11 @@ class SizeTable:
             if row is None or row.state != "complete":
                 return math.nan
             if self.met:
-                return math.nan if row.steps_to_target is None else math.log(row.steps_to_target)
+                loss = self._last_loss(rate, seed)
+                # Where steps are equal, as at a target met at once, the loss decides.
+                tie = _TIE * math.tanh(0.0 if loss is None else loss)
+                steps = row.steps_to_target
+                return math.nan if steps is None else math.log(steps) + tie
             loss = self._last_loss(rate, seed)
             return math.nan if loss is None else loss
 
@@ -192,20 +211,20 @@ class SizeTable:
         ended = [row for row in rows if row.state == "complete"]
         met = [row.steps_to_target for row in rows]
         B, N = self.batch_size, setting.num_examples
-        per_step = min(B, N / math.ceil(N / B))
+        per_step = N / steps_per_epoch(B, N, setting.smallest)
         seconds = None if setting.seconds_of is None else setting.seconds_of(B)
         has_target = setting.target is not None
         none = unresolved(0, "no target")
         to_target = geometric_mean_over_seeds(met) if has_target else none
         return SizeFinding(
             batch_size=B,
-            learning_rate=rate_interval(self.rates, self.best, self.drawn),
+            learning_rate=rate_interval(self.rates, self.best, self.drawn, len(self._seeds)),
             at_edge=self.at_edge,
             stable_edge=self._stable_edge(),
             steps=max((row.steps for row in rows), default=0),
             train_loss=mean_over_seeds([row.train_loss for row in ended]),
             val_loss=mean_over_seeds([row.val_loss for row in ended]),
-            val_metric=mean_over_seeds([row.val_metric for row in ended]),
+            val_metric=setting.metric([row.val_metric for row in ended]),
             gap=mean_over_seeds(
                 [
                     None
@@ -298,6 +317,7 @@ def fit_sizes(
     # A rate that is best by another measure than the others' is no point of the same line.
     alike = [t for t in tables if t.met] if any(t.met for t in tables) else tables
     inside = [table for table in alike if table.at_edge is None]
+    inside_sizes = {table.batch_size for table in inside}
     exponent = unresolved(len(inside), "fewer than three sizes with a best rate inside the grid")
     if len(inside) >= _LEAST_SIZES:
         exponent = exponent_over_sizes(
@@ -316,7 +336,7 @@ def fit_sizes(
         min_steps=min_steps,
         min_examples=min_examples,
         rate_exponent=exponent,
-        rate_rules=tuple(_follow(rule, findings) for rule in RULES) if len(findings) > 1 else (),
+        rate_rules=_follow_rules([f for f in findings if f.batch_size in inside_sizes]),
         pareto=_pareto(findings),
         notes=tuple(notes),
     )
@@ -453,7 +473,7 @@ def _at(table: SizeTable, unit: Unit, amount: float, setting: Setting) -> EqualC
         batch_size=table.batch_size,
         learning_rate=rate,
         loss=mean_over_seeds(losses[best]),
-        metric=mean_over_seeds(values(rate, lambda point: point.val_metric)),
+        metric=setting.metric(values(rate, lambda point: point.val_metric)),
     )
 
 

@@ -298,9 +298,11 @@ def _connect(url: str) -> sql.Engine:
             raise UsageError(
                 f"There is no folder {str(path.parent)!r} for {path.name!r}. Make it first."
             )
-        url = f"sqlite:///{path}"
+        place: str | sql.URL = sql.URL.create("sqlite", database=str(path))
+    else:
+        place = url
     try:
-        engine = sql.create_engine(url)
+        engine = sql.create_engine(place)
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"The storage {url!r} is no URL that can be read ({error}). Write sqlite:///study.db "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,13 +31,20 @@ class Budget:
     unit: Unit
     amount: float
 
-    def steps(self, global_batch: int, num_examples: int, step_seconds: float | None) -> int:
+    def steps(
+        self,
+        global_batch: int,
+        num_examples: int,
+        step_seconds: float | None,
+        smallest: int = 1,
+    ) -> int:
         """Updates at one batch.
 
         Args:
             global_batch: B.
             num_examples: N.
             step_seconds: Of one update at B; needed for a budget in seconds.
+            smallest: Examples that the model needs in one pass.
 
         Returns:
             At least 1.
@@ -47,7 +55,7 @@ class Budget:
             assert step_seconds is not None  # a study with such a budget measures it first
             return max(1, math.floor(self.amount / step_seconds))
         examples = self.amount * (num_examples if self.unit == "epochs" else 1)
-        return max(1, steps_to_cover(examples, global_batch, num_examples))
+        return max(1, steps_to_cover(examples, global_batch, num_examples, smallest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,11 @@ def _read_rate(text: str) -> float:
 
 
 def _read_seeds(asked: int | Sequence[int]) -> tuple[int, ...]:
-    seeds = tuple(range(asked)) if isinstance(asked, int) else tuple(dict.fromkeys(asked))
+    try:
+        listed = list(asked) if isinstance(asked, Iterable) else range(operator.index(asked))
+        seeds = tuple(dict.fromkeys(operator.index(seed) for seed in listed))
+    except TypeError:
+        seeds = ()
     if not seeds or min(seeds) < 0:
         raise UsageError(f"seeds is {asked}. Give how many, at least 1, or a list of them from 0.")
     return seeds

@@ -68,23 +68,33 @@ def evaluation_steps(limit: int) -> Iterator[int]:
     yield limit
 
 
-def cut_into_groups(keys: Sequence[TrialKey], num_weights: int) -> list[list[TrialKey]]:
+def cut_into_groups(
+    keys: Sequence[TrialKey], num_weights: int, *, most: int | None = None
+) -> list[list[TrialKey]]:
     """Trainings that fit into memory together, of one batch size each.
 
     Args:
         keys: What is to be run.
         num_weights: Of the model.
+        most: Trainings of a group. Default: as many as fit.
 
     Returns:
         Groups, the largest batches first: they take the fewest updates.
     """
     fit = _MOST_BYTES // max(1, 4 * _COPIES_OF_WEIGHTS * num_weights)
-    most = max(1, min(_MOST_TOGETHER, fit))
+    most = max(1, min(most or _MOST_TOGETHER, fit))
     groups: list[list[TrialKey]] = []
     for size in sorted({key.batch_size for key in keys}, reverse=True):
         same = [key for key in keys if key.batch_size == size]
         groups += [same[i : i + most] for i in range(0, len(same), most)]
     return groups
+
+
+def _count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_group(
@@ -94,6 +104,7 @@ def run_group(
     *,
     engine: Engine = "auto",
     step_seconds: float | None = None,
+    smallest: int = 1,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[Finished], str]:
@@ -108,6 +119,7 @@ def run_group(
         engine: What runs them.
         step_seconds: Of one update in the training loop: few and short ones are not worth
             compiling.
+        smallest: Examples that the model needs in one pass.
         threads: How many. Default: the cores that this process may use.
         progress: Told the share of the updates that is done.
 
@@ -117,15 +129,16 @@ def run_group(
     seconds = math.inf if step_seconds is None else step_seconds * steps * len(keys)
     short = engine == "auto" and seconds < _WORTH_COMPILING
     engine = "loop" if short else engine
-    most = len(os.sched_getaffinity(0)) if threads is None else threads
+    most = _count_cores() if threads is None else threads
     count = max(1, min(most, len(keys) // _FEWEST_IN_A_THREAD))
     # Interleaved, so that all take about as long: those that diverge end early.
-    parts = [_Part(workload, keys[::count], steps, engine)]
+    parts = [_Part(workload, keys[::count], steps, engine, smallest)]
     if count > 1 and parts[0].copies.engine == "compiled":
-        parts += [_Part(workload, keys[i::count], steps, engine) for i in range(1, count)]
+        shares = [keys[i::count] for i in range(1, count)]
+        parts += [_Part(workload, share, steps, engine, smallest) for share in shares]
         _run_in_threads(parts, progress)
     else:
-        parts = parts if count == 1 else [_Part(workload, keys, steps, engine)]
+        parts = parts if count == 1 else [_Part(workload, keys, steps, engine, smallest)]
         parts[0].run(progress)
     found = {finished.key: finished for part in parts for finished in part.finished()}
     copies = parts[0].copies
@@ -146,9 +159,14 @@ class _Part:
     """
 
     def __init__(
-        self, workload: Workload, keys: Sequence[TrialKey], steps: int, engine: Engine
+        self,
+        workload: Workload,
+        keys: Sequence[TrialKey],
+        steps: int,
+        engine: Engine,
+        smallest: int,
     ) -> None:
-        self._keys, self._steps = keys, steps
+        self._keys, self._steps, self._smallest = keys, steps, smallest
         self._num_examples = workload.num_examples
         self.copies = make_copies(
             workload,
@@ -200,7 +218,8 @@ class _Part:
     def _evaluate(self, step: int) -> None:
         evaluation = self.copies.evaluate()
         self._diverged[self._held] |= evaluation.diverged
-        examples = round(examples_after(step, self._keys[0].batch_size, self._num_examples))
+        batch, N = self._keys[0].batch_size, self._num_examples
+        examples = round(examples_after(step, batch, N, self._smallest))
         for slot in np.flatnonzero(~evaluation.diverged):
             point = _point(evaluation, int(slot), step, examples)
             self._points[self._held[slot]].append(point)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rightbatch.errors import ProbeError, RightbatchError, UsageError
-from rightbatch.probes.throughput import measure_throughput
+from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import write_record
 from rightbatch.study.analysis import (
-    Setting,
     SizeTable,
     choose_best,
     compare_sizes,
@@ -22,24 +18,19 @@ from rightbatch.study.analysis import (
     summarise_trial,
     tables_of,
 )
-from rightbatch.study.auto_rates import farther_rates, first_rates
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import BatchSizes, LearningRates, StudyDesign, make_design
 from rightbatch.study.findings import Best, Comparison, Fits, SizeFinding
-from rightbatch.study.group import Engine, cut_into_groups, run_group
+from rightbatch.study.group import Engine
+from rightbatch.study.runner import Progress, StudyRunner, metric_name
 from rightbatch.study.tidy import write_tidy
-from rightbatch.study.trials import FINAL, StudyTrial, TrialKey
+from rightbatch.study.trials import FINAL, StudyTrial
 from rightbatch.workload import Workload
-from rightbatch.workload.target import parse_target
 
 SCHEMA = "rightbatch.study/1"
 DATABASE = "study.db"
 DEFAULT_EPOCHS = 20.0
 _NAME = "study"
-_TIMING_SECONDS = 2.0
-_STEP_TIME, _ENGINE = "step time", "engine"
-"""Kinds of events whose text is read again."""
-Progress = Callable[..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +112,8 @@ def run_study(
     engine: Engine = "auto",
     run_directory: str | Path | None = None,
     storage: str | None = None,
+    name: str | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Trains at every batch size, learning rate and seed, and says what that shows.
@@ -144,6 +137,8 @@ def run_study(
         run_directory: Where its files are kept: the database, `study.json`, and one row per
             training and per evaluation in `trials.csv` and `points.csv`. Default: nowhere.
         storage: URL of another database, such as `postgresql+psycopg://…`.
+        name: Of the study in that database. Default: the workload's.
+        threads: Of the compiled engine. Default: one per core.
         progress: Told what is being done, and which share of the trainings is done.
 
     Returns:
@@ -173,15 +168,41 @@ def run_study(
         target=target if target is not None else workload.target,
         **lengths,  # pyright: ignore[reportArgumentType] (each has its own type)
     )
+    begun = time.perf_counter()
     folder = None if run_directory is None else Path(run_directory)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     place = storage or ("sqlite://" if folder is None else str(folder / DATABASE))
-    database = StudyDatabase(place, _NAME if storage is None else f"{workload.name}")
+    database = StudyDatabase(place, name or (_NAME if storage is None else workload.name))
     try:
-        return _Runner(workload, design, database, folder, engine, progress).run()
+        runner = StudyRunner(
+            workload,
+            design,
+            database,
+            engine=engine,
+            threads=threads,
+            progress=progress or (lambda *_: None),
+        )
+        again = database.begin(design, runner.task())
+        database.tell("resumed" if again else "begun", workload.name)
+        state: Literal["complete", "stopped"] = "complete"
+        try:
+            runner.run()
+        except KeyboardInterrupt:
+            state = "stopped"
+            runner.stop()
+        seconds_taken = time.perf_counter() - begun
+        study = _conclude(workload, database, runner, design, state, seconds_taken)
+        if folder is not None:
+            write_record(folder / "study.json", study, schema=SCHEMA)
+            write_tidy(folder, study.trials, database.trials(), workload.num_examples)
+        ended = sum(trial.state in FINAL for trial in study.trials)
+        database.tell(state, f"{ended} trainings have ended")
     finally:
         database.close()
+    if study.trials and all(trial.state == "failed" for trial in study.trials):
+        raise ProbeError(f"Every training failed. The first: {study.trials[0].note}")
+    return study
 
 
 def read_design(run_directory: str | Path) -> StudyDesign:
@@ -206,225 +227,73 @@ def read_design(run_directory: str | Path) -> StudyDesign:
         database.close()
 
 
-class _Runner:
-    def __init__(
-        self,
-        workload: Workload,
-        design: StudyDesign,
-        database: StudyDatabase,
-        folder: Path | None,
-        engine: Engine,
-        progress: Progress | None,
-    ) -> None:
-        self._workload = workload
-        self._design = design
-        self._database = database
-        self._folder = folder
-        self._engine: Engine = engine
-        self._say: Progress = progress or (lambda *_: None)
-        self._begun = time.perf_counter()
-        target = None if design.target is None else parse_target(design.target)
-        self._check_target(target)
-        self._setting = Setting(
-            num_examples=workload.num_examples,
-            target=target,
-            seconds_of=None,
-            has_validation=workload.val_examples is not None,
-        )
-
-    def _check_target(self, target: Any) -> None:
-        if target is None or target.quantity == "train_loss":
-            return
-        own = f"val_{self._metric}" if self._metric else None
-        there = self._workload.val_examples is not None
-        if not there or target.quantity not in ("val_loss", own):
-            raise UsageError(
-                f"The target {target} needs {target.quantity}, which this workload does not "
-                "evaluate. Use train_loss"
-                + (f", val_loss{f' or {own}' if own else ''}." if there else ".")
-            )
-
-    @property
-    def _metric(self) -> str | None:
-        return self._workload.metric_name if self._workload.metric is not None else None
-
-    def run(self) -> Study:
-        workload, database = self._workload, self._database
-        task = {
-            "workload": workload.name,
-            "num_examples": workload.num_examples,
-            "num_weights": sum(p.numel() for p in workload.build_model(0).parameters()),
-        }
-        again = database.begin(self._design, task)
-        database.tell("resumed" if again else "begun", workload.name)
-        state: Literal["complete", "stopped"] = "complete"
-        try:
-            self._measure_step_time()
-            self._run_rounds(task["num_weights"])
-        except KeyboardInterrupt:
-            state = "stopped"
-            self._stop()
-        study = self._conclude(state)
-        self._keep(study)
-        database.tell(state, f"{sum(t.state in FINAL for t in study.trials)} trainings ended")
-        if study.trials and all(trial.state == "failed" for trial in study.trials):
-            raise ProbeError(f"Every training failed. The first: {study.trials[0].note}")
-        return study
-
-    def _measure_step_time(self) -> None:
-        """The step time of every size; of a study that is gone on with, the one it began with."""
-        known = [text for _, kind, text in self._database.events() if kind == _STEP_TIME]
-        if known:
-            times = {int(size): seconds for size, seconds in json.loads(known[-1]).items()}
-        else:
-            self._say("step time: how long an update takes at each batch size")
-            sizes = self._design.batch_sizes
-            record = measure_throughput(
-                self._workload,
-                micro_batches=sizes,
-                budget_seconds=_TIMING_SECONDS,
-                powers_of_two=False,
-            )
-            times = {size: record.step_time.seconds(size) for size in sizes}
-            self._database.tell(_STEP_TIME, json.dumps(times))
-        self._setting = dataclasses.replace(self._setting, seconds_of=times.__getitem__)
-
-    # ---- rounds --------------------------------------------------------------------------------
-
-    def _run_rounds(self, num_weights: int) -> None:
-        """Runs what the design asks for, and what its rates at the edge ask for after that."""
-        asked = self._first_keys()
-        while asked:
-            self._database.add(asked)
-            waiting = [t.key for t in self._database.trials() if t.state not in FINAL]
-            for group in cut_into_groups(waiting, num_weights):
-                self._run_group(group)
-            asked = self._farther_keys()
-
-    def _keys(self, batch_size: int, rates: Sequence[float]) -> list[TrialKey]:
-        return [
-            TrialKey(batch_size=batch_size, learning_rate=rate, seed=seed)
-            for rate in rates
-            for seed in self._design.seeds
-        ]
-
-    def _first_keys(self) -> list[TrialKey]:
-        keys: list[TrialKey] = []
-        for size in self._design.batch_sizes:
-            rates = self._design.learning_rates
-            if rates is None:
-                self._say(f"learning rate: range test at batch {size:,}")
-                rates = first_rates(self._workload, size)
-            keys += self._keys(size, rates)
-        return keys
-
-    def _farther_keys(self) -> list[TrialKey]:
-        if self._design.learning_rates is not None:
-            return []
-        tables = tables_of(self._database.trials(), self._setting)
-        return [
-            key for table in tables for key in self._keys(table.batch_size, farther_rates(table))
-        ]
-
-    def _run_group(self, keys: Sequence[TrialKey]) -> None:
-        size, database = keys[0].batch_size, self._database
-        trials = database.trials()
-        ended = sum(trial.state in FINAL for trial in trials)
-        seconds_of = self._setting.seconds_of
-        step_seconds = None if seconds_of is None else seconds_of(size)
-        steps = self._design.budget.steps(size, self._workload.num_examples, step_seconds)
-
-        def tell(share: float) -> None:
-            done = (ended + share * len(keys)) / len(trials)
-            self._say(f"batch {size:,}: {len(keys)} trainings of {steps:,} updates", done)
-
-        tell(0.0)
-        database.set_state(keys, "running")
-        try:
-            finished, ran_by = run_group(
-                self._workload,
-                keys,
-                steps,
-                engine=self._engine,
-                step_seconds=step_seconds,
-                progress=tell,
-            )
-        except RightbatchError:
-            database.set_state(keys, "waiting")
-            raise
-        except Exception as error:  # of one size: the others may still run
-            database.set_state(keys, "failed", f"{type(error).__name__}: {error}"[:500])
-            return
-        if ran_by not in self._engines():
-            database.tell(_ENGINE, ran_by)
-        database.write(
-            [(f.key, "diverged" if f.diverged else "complete", f.points, "") for f in finished]
-        )
-
-    def _engines(self) -> list[str]:
-        return [text for _, kind, text in self._database.events() if kind == _ENGINE]
-
-    def _stop(self) -> None:
-        left = [t.key for t in self._database.trials() if t.state not in FINAL]
-        self._database.set_state(left, "stopped")
-
-    # ---- what came of it -----------------------------------------------------------------------
-
-    def _conclude(self, state: Literal["complete", "stopped"]) -> Study:
-        stored, setting = self._database.trials(), self._setting
-        stored.sort(key=lambda t: (t.key.batch_size, t.key.learning_rate, t.key.seed))
-        tables = [table for table in tables_of(stored, setting) if table.resolved]
-        sizes = tuple(table.finding() for table in tables)
-        trials = tuple(summarise_trial(trial, setting) for trial in stored)
-        return Study(
-            workload=self._workload.name,
-            num_examples=self._workload.num_examples,
-            metric=self._metric,
-            design=self._design,
-            state=state,
-            engines=tuple(self._engines()),
-            trials=trials,
-            sizes=sizes,
-            fits=fit_sizes(tables, sizes, setting),
-            comparisons=compare_sizes(tables, setting),
-            best=choose_best(sizes, setting),
-            cost=StudyCost(
-                examples=sum(trial.examples for trial in trials),
-                seconds=time.perf_counter() - self._begun,
-            ),
-            warnings=tuple(_warnings(self._design, trials, tables)),
-        )
-
-    def _keep(self, study: Study) -> None:
-        if self._folder is not None:
-            write_record(self._folder / "study.json", study, schema=SCHEMA)
-            stored = self._database.trials()
-            write_tidy(self._folder, study.trials, stored, self._workload.num_examples)
+def _conclude(
+    workload: Workload,
+    database: StudyDatabase,
+    runner: StudyRunner,
+    design: StudyDesign,
+    state: Literal["complete", "stopped"],
+    seconds: float,
+) -> Study:
+    """What the trainings in the database say."""
+    stored, setting = database.trials(), runner.setting
+    stored.sort(key=lambda t: (t.key.batch_size, t.key.learning_rate, t.key.seed))
+    tables = [table for table in tables_of(stored, setting) if table.resolved]
+    sizes = tuple(table.finding() for table in tables)
+    trials = tuple(summarise_trial(trial, setting) for trial in stored)
+    return Study(
+        workload=workload.name,
+        num_examples=workload.num_examples,
+        metric=metric_name(workload),
+        design=design,
+        state=state,
+        engines=runner.engines,
+        trials=trials,
+        sizes=sizes,
+        fits=fit_sizes(tables, sizes, setting),
+        comparisons=compare_sizes(tables, setting),
+        best=choose_best(sizes, setting),
+        cost=StudyCost(examples=sum(trial.examples for trial in trials), seconds=seconds),
+        warnings=tuple(_warnings(design, trials, tables, sizes)),
+    )
 
 
 def _warnings(
-    design: StudyDesign, trials: Sequence[StudyTrial], tables: Sequence[SizeTable]
+    design: StudyDesign,
+    trials: Sequence[StudyTrial],
+    tables: Sequence[SizeTable],
+    sizes: Sequence[SizeFinding],
 ) -> list[str]:
+    """What a reader should know, the worst first."""
     found: list[str] = []
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if failed:
+        first = failed[0]
+        many = f"{len(failed)} trainings" if len(failed) > 1 else "1 training"
+        found.append(f"{many} failed; at batch {first.batch_size:,}: {first.note}.")
+    missing = [B for B in design.batch_sizes if B not in {t.batch_size for t in tables}]
+    if missing:
+        found.append(f"No training ended with a loss at batch {_listed(missing)}.")
+    met_at_once = [f.batch_size for f in sizes if (f.steps_to_target.value or 9.0) <= 1.0]
+    if met_at_once:
+        found.append(
+            f"The target {design.target} was met at the first evaluation at batch "
+            f"{_listed(met_at_once)}: it tells nothing there. Ask for more."
+        )
     count = len(design.seeds)
     if count < 3:
         found.append(
             f"{count} seed{'s' * (count > 1)}: too few to tell chance from a difference. Use 5."
         )
-    found += [
-        f"Batch {table.batch_size:,}: the best learning rate, {table.rates[table.best]:.3g}, is "
-        f"the {table.at_edge} that was tried; the best of all may lie beyond."
-        for table in tables
-        if table.at_edge is not None and len(table.rates) > 1
-    ]
-    missing = [B for B in design.batch_sizes if B not in {t.batch_size for t in tables}]
-    if missing:
-        names = ", ".join(f"{size:,}" for size in missing)
-        found.append(f"No training ended with a loss at batch {names}.")
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if failed:
-        first = failed[0]
-        found.append(
-            f"{len(failed)} trainings failed; at batch {first.batch_size:,}: {first.note}."
-        )
+    for edge in ("lowest", "highest"):
+        at = [t.batch_size for t in tables if t.at_edge == edge and len(t.rates) > 1]
+        if at:
+            found.append(
+                f"At batch {_listed(at)} the best learning rate is the {edge} that was tried; the "
+                "best of all may lie beyond."
+            )
     return found
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(f"{size:,}" for size in sizes)

@@ -53,8 +53,8 @@ class StudyTrial:
         learning_rate: Learning rate.
         seed: Decides initial weights and data order.
         state: How it ended; of a training that diverged, losses and metric are None.
-        steps: Updates done.
-        examples: Training examples processed.
+        steps: Updates done, up to the last evaluation that had a loss.
+        examples: Training examples processed by then.
         seconds: What these updates take in the training loop, by the measured step time; None
             where it was not measured.
         train_loss: At the last evaluation.
