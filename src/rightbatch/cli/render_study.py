@@ -239,7 +239,7 @@ def _cost(study: Study) -> str:
             f"{count:,} of {len(study.trials):,} trainings{f', {wild:,} diverged' if wild else ''}"
         )
     engines = sorted({text.split(":")[0] for text in study.engines})
-    by = f", by the {_listed(engines)} engine" if engines else ""
+    by = f", by the {_listed(engines)} engine{'s' * (len(engines) > 1)}" if engines else ""
     return (
         f"Cost: {ran}, {study.cost.examples:,} examples{by}; "
         f"this call took {show_seconds(study.cost.seconds)}."
