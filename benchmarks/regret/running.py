@@ -8,7 +8,7 @@ did not, interpolated in the logarithm of the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from rightbatch.engines import CopiesEvaluation, make_copies
 from rightbatch.laws.curve import crossing
+from rightbatch.laws.progress import spaced_steps
 from rightbatch.recipe import Recipe
 from rightbatch.training import Training
 from rightbatch.workload import Workload
@@ -60,26 +61,6 @@ class Runs(Protocol):
         ...
 
 
-def evaluation_steps(limit: int) -> Iterator[int]:
-    """Steps at which runs are evaluated: 1, 2, 3, … 15, 16, 17, 18, … and the limit.
-
-    Args:
-        limit: The last one.
-
-    Yields:
-        Ascending steps.
-
-    Example:
-        >>> [step for step in evaluation_steps(40) if step > 28]
-        [29, 31, 33, 35, 37, 39, 40]
-    """
-    step = 1
-    while step < limit:
-        yield step
-        step = max(step + 1, math.floor(step * SPACING))
-    yield limit
-
-
 def run_to_target(
     runs: Runs,
     target: Target,
@@ -102,7 +83,7 @@ def run_to_target(
     held = np.arange(num_runs)
     last = _values(runs.evaluate(), target)
     last_step = 0
-    for step in evaluation_steps(limit(arrivals)):
+    for step in spaced_steps(SPACING, limit(arrivals)):
         if step > limit(arrivals):
             break
         runs.advance(step - last_step)

@@ -1,14 +1,11 @@
 """Steps to target against a training whose every loss is known."""
 
-import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 from benchmarks.regret.running import (
-    SPACING,
-    evaluation_steps,
     run_cells,
     run_recipe,
     run_to_target,
@@ -125,12 +122,3 @@ def test_a_warm_up_is_run_and_changes_the_steps() -> None:
     # A first step at half the rate costs about half a step; ten that rise to it about five.
     assert barely.steps_to_target - cold.steps_to_target == pytest.approx(0.5, abs=0.15)
     assert warm.steps_to_target - cold.steps_to_target == pytest.approx(5.0, abs=0.8)
-
-
-@given(limit=st.integers(1, 100_000))
-def test_evaluations_are_close_enough_and_end_at_the_limit(limit: int) -> None:
-    steps = list(evaluation_steps(limit))
-    assert steps[0] == 1
-    assert steps[-1] == limit
-    for before, after in itertools.pairwise(steps):
-        assert after == before + 1 or 1 < after / before <= SPACING

@@ -14,17 +14,13 @@ from rightbatch.laws.linear_regression import (
     divergence_edge,
     expected_loss,
 )
-from rightbatch.study.analysis import (
-    Setting,
-    choose_best,
-    compare_sizes,
-    fit_sizes,
-    steps_to_target,
-    summarise_trial,
-    tables_of,
-)
+from rightbatch.laws.progress import spaced_steps
 from rightbatch.study.database import StoredTrial
-from rightbatch.study.group import evaluation_steps
+from rightbatch.study.equal_costs import compare_sizes
+from rightbatch.study.group import SPACING
+from rightbatch.study.judging import Setting, steps_to_target, summarise_trial
+from rightbatch.study.over_sizes import choose_best, fit_sizes
+from rightbatch.study.size_table import tables_of
 from rightbatch.study.trials import EvaluationPoint, TrialKey, TrialState
 from rightbatch.workload.target import parse_target
 
@@ -78,7 +74,7 @@ def exact_trials(
             state: TrialState = "diverged" if rate > edge else "complete"
             for seed in SEEDS:
                 pace = math.exp(0.03 * rng.normal())
-                steps = list(evaluation_steps(limit))
+                steps = list(spaced_steps(SPACING, limit))
                 losses = expected_loss(
                     problem,
                     learning_rates=[rate],
@@ -124,7 +120,7 @@ def law(sizes: Sequence[int], steps: Callable[[int], float]) -> list[StoredTrial
             for seed in SEEDS:
                 need = steps(batch) * slower * math.exp(0.05 * rng.normal())
                 limit = round(20 * steps(sizes[0]))
-                losses = [(s, math.exp(-s / need)) for s in evaluation_steps(limit)]
+                losses = [(s, math.exp(-s / need)) for s in spaced_steps(SPACING, limit)]
                 found.append(trial(batch, rate, seed, losses))
     return found
 
@@ -166,6 +162,19 @@ def test_what_a_diverged_training_measured_last_is_left_out() -> None:
     wild = summarise_trial(trial(8, 9.0, 0, [(1, 4.0), (2, 80.0)], "diverged"), setting())
     assert (wild.state, wild.steps, wild.val_loss) == ("diverged", 2, None)
     assert wild.seconds == pytest.approx(2 * 1e-3 * 1.08)
+
+
+def test_a_training_that_met_the_target_and_then_diverged_has_missed_it() -> None:
+    losses = [(1, 1.0), (2, 0.01), (3, 9.0)]
+    assert summarise_trial(trial(8, 1.0, 0, losses), setting()).steps_to_target is not None
+    assert summarise_trial(trial(8, 1.0, 0, losses, "diverged"), setting()).steps_to_target is None
+    slow = [(1, 1.0), (2, 0.8), (3, 0.7)]
+    trials = [trial(8, 0.1, s, slow) for s in SEEDS]
+    trials += [trial(8, 1.0, s, losses, "diverged") for s in SEEDS]
+    (table,) = tables_of(trials, setting())
+    assert table.resolved and not table.met
+    finding = table.finding()
+    assert finding.learning_rate.value == 0.1 and finding.reached == 0
 
 
 def test_a_size_where_everything_diverged_says_nothing() -> None:

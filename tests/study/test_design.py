@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rightbatch.errors import UsageError
@@ -40,6 +41,12 @@ def test_batch_sizes(asked: Any, sizes: tuple[int, ...]) -> None:
 )
 def test_learning_rates(asked: Any, rates: tuple[float, ...] | None) -> None:
     assert design(learning_rates=asked).learning_rates == rates
+
+
+@pytest.mark.parametrize("asked", [2, np.int64(2), [0, 1], range(2), np.arange(2), [0, 1, 0]])
+def test_seeds_however_they_are_counted(asked: Any) -> None:
+    seeds = design(seeds=asked).seeds
+    assert seeds == (0, 1) and {type(seed) for seed in seeds} == {int}
 
 
 @pytest.mark.parametrize(

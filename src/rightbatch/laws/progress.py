@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 
 def steps_per_epoch(global_batch: int, num_examples: int, smallest: int = 1) -> int:
@@ -63,3 +64,25 @@ def steps_to_cover(examples: float, global_batch: int, num_examples: int, smalle
     epochs, rest = divmod(examples, num_examples)
     per_epoch = steps_per_epoch(global_batch, num_examples, smallest)
     return int(epochs) * per_epoch + min(per_epoch, math.ceil(rest / global_batch))
+
+
+def spaced_steps(spacing: float, limit: int | None = None) -> Iterator[int]:
+    """Updates after which a run is looked at: 1, 2, 3, …, then a constant ratio apart.
+
+    Args:
+        spacing: Largest ratio of two neighbours, where they are more than one apart.
+        limit: The last one. Default: none, and no end.
+
+    Yields:
+        Ascending.
+
+    Example:
+        >>> list(spaced_steps(1.12, 24))
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 19, 21, 23, 24]
+    """
+    step, last = 1, math.inf if limit is None else limit
+    while step < last:
+        yield step
+        step = max(step + 1, math.floor(step * spacing))
+    if limit is not None:
+        yield limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from rightbatch.probes.learning_rate import LearningRateRecord, find_learning_rate
-from rightbatch.study.analysis import SizeTable
+from rightbatch.study.size_table import SizeTable
 from rightbatch.workload import Workload
 
 _BELOW, _ABOVE = 4, 1

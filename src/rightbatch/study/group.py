@@ -6,14 +6,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from rightbatch.engines import CopiesEvaluation, make_copies
-from rightbatch.laws.progress import examples_after
+from rightbatch.laws.progress import examples_after, spaced_steps
 from rightbatch.study.trials import EvaluationPoint, TrialKey
 from rightbatch.workload import Workload
 
@@ -46,26 +46,6 @@ class Finished:
     key: TrialKey
     diverged: bool
     points: tuple[EvaluationPoint, ...]
-
-
-def evaluation_steps(limit: int) -> Iterator[int]:
-    """Updates after which a training is evaluated: 1, 2, 3, … and the last one.
-
-    Args:
-        limit: The last one.
-
-    Yields:
-        Ascending.
-
-    Example:
-        >>> list(evaluation_steps(24))
-        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 19, 21, 23, 24]
-    """
-    step = 1
-    while step < limit:
-        yield step
-        step = max(step + 1, math.floor(step * SPACING))
-    yield limit
 
 
 def cut_into_groups(
@@ -183,7 +163,7 @@ class _Part:
 
     def run(self, progress: Callable[[float], None] | None = None) -> None:
         """Runs all to their end."""
-        for step in evaluation_steps(self._steps):
+        for step in spaced_steps(SPACING, self._steps):
             self._advance_to(step)
             if self.stop:
                 return

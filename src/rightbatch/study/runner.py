@@ -14,11 +14,13 @@ from rightbatch.errors import RightbatchError, UsageError
 from rightbatch.probes.throughput import measure_throughput
 from rightbatch.recipe import Recipe
 from rightbatch.store import hash_tensors
-from rightbatch.study.analysis import Setting, tables_of
 from rightbatch.study.auto_rates import farther_rates, first_rates
+from rightbatch.study.contestant import MOST_LOOKED_AT
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import StudyDesign
 from rightbatch.study.group import Engine, Finished, cut_into_groups, run_group
+from rightbatch.study.judging import Setting
+from rightbatch.study.size_table import tables_of
 from rightbatch.study.trials import FINAL, EvaluationPoint, TrialKey
 from rightbatch.training import Training
 from rightbatch.training.evaluate import has_metric
@@ -31,8 +33,6 @@ Progress = Callable[..., None]
 _TIMING_SECONDS = 2.0
 _STEP_TIME, _FIRST_RATES, _ENGINE = "step time", "first rates", "engine"
 """Kinds of events whose text is read again."""
-_LOOKED_AT = 2048
-"""Training examples whose loss is evaluated, where there are no validation data."""
 
 
 class StudyRunner:
@@ -265,7 +265,7 @@ def with_training_part(workload: Workload) -> Workload:
     """
     examples = workload.train_examples
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(examples.num_examples, generator=generator)[:_LOOKED_AT]
+    chosen = torch.randperm(examples.num_examples, generator=generator)[:MOST_LOOKED_AT]
     part: Any = examples.batch(chosen)
     if isinstance(examples, DatasetExamples):
         part = torch.utils.data.Subset(examples.dataset, chosen.tolist())

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rightbatch.laws.curve import LossCurve, make_loss_curve
+from rightbatch.laws.progress import spaced_steps
 from rightbatch.study.records import Cell, State, TrialPoint, TrialRecord
 
-_EVERY_STEP_UNTIL = 10
 _SPACING = 1.1
 """Later evaluations are a tenth apart: what is won by more is less than they cost."""
 
@@ -177,13 +177,10 @@ class Run:
 def look_steps() -> Iterator[int]:
     """Steps at which every run is evaluated, the same for all so that losses can be compared.
 
-    Yields:
+    Returns:
         1, 2, … 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 22, 24, …
     """
-    step = 1
-    while True:
-        yield step
-        step = max(step + 1, math.floor(step * _SPACING)) if step >= _EVERY_STEP_UNTIL else step + 1
+    return spaced_steps(_SPACING)
 
 
 def _steps_of_looks(begin: int, end: int) -> Iterator[int]:

@@ -10,19 +10,15 @@ from typing import Literal
 
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import write_record
-from rightbatch.study.analysis import (
-    SizeTable,
-    choose_best,
-    compare_sizes,
-    fit_sizes,
-    summarise_trial,
-    tables_of,
-)
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import BatchSizes, LearningRates, StudyDesign, make_design
+from rightbatch.study.equal_costs import compare_sizes
 from rightbatch.study.findings import Best, Comparison, Fits, SizeFinding
 from rightbatch.study.group import Engine
+from rightbatch.study.judging import summarise_trial
+from rightbatch.study.over_sizes import choose_best, fit_sizes
 from rightbatch.study.runner import Progress, StudyRunner, metric_name
+from rightbatch.study.size_table import SizeTable, tables_of
 from rightbatch.study.tidy import write_tidy
 from rightbatch.study.trials import FINAL, StudyTrial
 from rightbatch.workload import Workload
