@@ -9,15 +9,18 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rightbatch.errors import CorruptStateError, UsageError
+from rightbatch.study.claims import Claims, Result
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import StudyDesign, make_design
-from rightbatch.study.trials import EvaluationPoint, TrialKey
+from rightbatch.study.trials import Asked, EvaluationPoint, TrialKey
 
 
 def design(**changes: Any) -> StudyDesign:
@@ -35,65 +38,94 @@ def key(batch: int = 1, rate: float = 0.1, seed: int = 0) -> TrialKey:
     return TrialKey(batch_size=batch, learning_rate=rate, seed=seed)
 
 
+def asked(keys: Sequence[TrialKey]) -> list[Asked]:
+    return [Asked(key=key) for key in keys]
+
+
+def finish(database: StudyDatabase, results: Sequence[Result]) -> None:
+    """Ends that many trainings of one batch size, in the order in which they were added."""
+    claims = Claims(database)
+    claims.settle(dict(zip(claims.take(len(results)), results, strict=True)))
+
+
 def point(step: int, loss: float | None = 1.0) -> EvaluationPoint:
     return EvaluationPoint(step=step, examples=step, train_loss=loss, val_loss=None, val_metric=0.5)
 
 
 def test_what_is_written_is_read_again_to_the_bit(tmp_path: Path) -> None:
     database = opened(tmp_path / "s.db")
-    keys = [key(rate=1 / 3), key(10, 1e-300, 2**40)]
-    database.add([*keys, keys[0]])
+    keys = [key(rate=1 / 3), key(1, 1e-300, 2**40)]
+    database.add(asked([*keys, keys[0]]))
     points = [point(1, 0.1 + 0.2), point(2, None)]
-    database.write([(keys[0], "complete", points, ""), (keys[1], "failed", [], "why")])
-    database.add(keys)  # nothing changes
+    results = [Result(state="complete", points=points), Result(state="failed", note="why")]
+    finish(database, results)
+    assert database.add(asked(keys)) == 0  # nothing changes
     database.close()
     first, second = opened(tmp_path / "s.db").trials()
     assert (first.key, first.state, list(first.points)) == (keys[0], "complete", points)
     assert (second.key, second.state, second.note) == (keys[1], "failed", "why")
 
 
-def test_evaluations_written_again_replace_the_others(tmp_path: Path) -> None:
-    database = opened("sqlite://")
-    database.add([key()])
-    database.write([(key(), "running", [point(1), point(2)], "")])
-    database.write([(key(), "complete", [point(3)], "")])
-    assert [p.step for p in database.trials()[0].points] == [3]
+@contextmanager
+def study_of(place: str, name: str) -> Iterator[StudyDatabase]:
+    database = StudyDatabase(place, name)
+    try:
+        yield database
+    finally:
+        database.close()
 
 
-def test_the_same_study_is_gone_on_with_and_another_refused(tmp_path: Path) -> None:
+def test_the_same_study_is_gone_on_with_and_another_refused(place: str) -> None:
+    with study_of(place, "study") as database:
+        assert not database.begin(design(), {"workload": "w"})
+    with study_of(place, "study") as again:
+        assert again.begin(design(), {"workload": "w"})
+        assert again.open() == (design(), {"workload": "w"})
+    with study_of(place, "study") as other, pytest.raises(UsageError, match="another task"):
+        other.begin(design(), {"workload": "v"})
+    with study_of(place, "study") as other, pytest.raises(UsageError, match="another design"):
+        other.begin(design(seeds=3), {"workload": "w"})
+    with study_of(place, "other") as other:
+        assert not other.begin(design(seeds=3), {"workload": "v"})
+    with study_of(place, "third") as third, pytest.raises(UsageError, match="no study 'third'"):
+        third.open()
+
+
+def test_two_studies_in_one_database_do_not_see_each_other(place: str) -> None:
+    with study_of(place, "a") as first:
+        first.begin(design(), {})
+        first.add(asked([key()]))
+        finish(first, [Result(state="complete", points=[point(1)])])
+        first.settle_fact("x", 1)
+    with study_of(place, "b") as second:
+        second.begin(design(), {})
+        second.add(asked([key()]))
+        second.tell("begun", "x")
+        assert second.trials()[0].state == "waiting" and not second.trials()[0].points
+        assert second.fact("x") is None
+    with study_of(place, "a") as first:
+        first.open()
+        assert first.events() == []
+
+
+def test_a_file_has_one_coordinator_and_any_number_of_readers(tmp_path: Path) -> None:
     place = str(tmp_path / "s.db")
-    assert not StudyDatabase(place, "study").begin(design(), {"workload": "w"})
-    again = StudyDatabase(place, "study")
-    assert again.begin(design(), {"workload": "w"})
-    assert again.open() == (design(), {"workload": "w"})
-    with pytest.raises(UsageError, match="another task"):
-        StudyDatabase(place, "study").begin(design(), {"workload": "v"})
-    with pytest.raises(UsageError, match="another design"):
-        StudyDatabase(place, "study").begin(design(seeds=3), {"workload": "w"})
-    assert not StudyDatabase(place, "other").begin(design(seeds=3), {"workload": "v"})
-    with pytest.raises(UsageError, match="holds no study 'third'"):
-        StudyDatabase(place, "third").open()
+    first = opened(place)
+    second = StudyDatabase(place, "study")
+    with pytest.raises(UsageError, match=r"Another process works at .*s\.db\. Wait"):
+        second.begin(design(), {"workload": "w"})
+    assert second.open()[0] == design()
+    second.close()
+    first.close()
+    opened(place).close()
 
 
-def test_two_studies_in_one_database_do_not_see_each_other(tmp_path: Path) -> None:
-    first, second = (StudyDatabase(str(tmp_path / "s.db"), name) for name in "ab")
-    for database in (first, second):
-        database.begin(design(), {})
-        database.add([key()])
-    first.write([(key(), "complete", [point(1)], "")])
-    second.tell("begun", "x")
-    assert second.trials()[0].state == "waiting" and not second.trials()[0].points
-    assert first.events() == []
-
-
-def test_a_transaction_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    database = opened(tmp_path / "s.db")
-    database.add([key(), key(seed=1)])
-    with pytest.raises(OSError, match="refused"):
-        database.write([(key(), "complete", [point(1), point(1)], "")])
-    with pytest.raises(KeyError):
-        database.write([(key(), "complete", [], ""), (key(seed=9), "complete", [], "")])
-    assert [trial.state for trial in database.trials()] == ["waiting", "waiting"]
+def test_what_was_found_out_first_holds(place: str) -> None:
+    database = opened(place)
+    assert database.fact("rates") is None
+    assert database.settle_fact("rates", {"1": [0.5]}) == {"1": [0.5]}
+    assert database.settle_fact("rates", {"1": [0.7]}) == {"1": [0.5]}
+    database.close()
 
 
 def test_files_and_urls_that_are_none(tmp_path: Path) -> None:
@@ -119,9 +151,12 @@ def test_thousands_of_trials_a_second(tmp_path: Path) -> None:
     """Not timed here beyond what would be a mistake: one transaction for each."""
     database = opened(tmp_path / "s.db")
     keys = [key(batch, seed=seed) for batch in range(1, 51) for seed in range(20)]
-    database.add(keys)
     started = time.perf_counter()
-    database.write([(k, "complete", [point(step) for step in range(40)], "") for k in keys])
+    database.add(asked(keys))
+    result = Result(state="complete", points=[point(step) for step in range(40)])
+    claims = Claims(database)
+    while group := claims.take(128):
+        claims.settle(dict.fromkeys(group, result))
     assert time.perf_counter() - started < 20
     assert sum(len(trial.points) for trial in database.trials()) == 40_000
 
@@ -130,18 +165,21 @@ WRITER = """
 import sys
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import make_design
-from rightbatch.study.trials import EvaluationPoint, TrialKey
+from rightbatch.study.claims import Claims, Result
+from rightbatch.study.trials import Asked, EvaluationPoint, TrialKey
 design = make_design(100, batch_sizes=[1, 10], learning_rates=[0.1, 1.0], seeds=2, epochs=3)
 database = StudyDatabase(sys.argv[1], "study")
 database.begin(design, {"workload": "w"})
+claims = Claims(database)
 for seed in range(10_000):
-    keys = [TrialKey(batch_size=b, learning_rate=0.1, seed=seed) for b in (1, 10)]
-    database.add(keys)
+    keys = [TrialKey(batch_size=1, learning_rate=lr, seed=seed) for lr in (0.1, 1.0)]
+    database.add([Asked(key=key) for key in keys])
     points = [
         EvaluationPoint(step=s, examples=s, train_loss=1.0, val_loss=None, val_metric=None)
         for s in range(1, 30)
     ]
-    database.write([(key, "complete", points, "") for key in keys])
+    result = Result(state="complete", points=points)
+    claims.settle(dict.fromkeys(claims.take(2), result))
     print(seed, flush=True)
 """
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from rightbatch import Recipe, Study, Workload, accuracy, load_workload, run_study, train
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import read_record
-from rightbatch.study import group
-from rightbatch.study import runner as study_module
+from rightbatch.study import group, runner
 from rightbatch.study.database import StudyDatabase
-from rightbatch.study.group import cut_into_groups, run_group
+from rightbatch.study.executors import run_task as study_module
+from rightbatch.study.group import most_together, run_group
 from rightbatch.study.study import SCHEMA
 from rightbatch.study.trials import TrialKey
 
@@ -101,7 +101,7 @@ def test_a_finished_study_runs_nothing_again(
         raise AssertionError("it trained again")
 
     monkeypatch.setattr(study_module, "run_group", refuse)
-    monkeypatch.setattr(study_module, "measure_throughput", refuse)
+    monkeypatch.setattr(runner, "measure_throughput", refuse)
     again = small(run_directory=tmp_path)
     assert without_cost(again) == without_cost(study) and again.sizes == study.sizes
     with pytest.raises(UsageError, match="another design"):
@@ -141,7 +141,7 @@ KILLED = """
 import sys, time, torch
 sys.path.insert(0, sys.argv[2])
 from test_study import make, small
-from rightbatch.study import runner as module
+from rightbatch.study.executors import run_task as module
 run_group = module.run_group
 def slow(workload, keys, *rest, **options):
     found = run_group(workload, keys, *rest, **options)
@@ -282,17 +282,10 @@ def test_what_a_thread_raises_reaches_the_caller(monkeypatch: pytest.MonkeyPatch
         run_group(make(), keys, 30, engine="compiled", threads=2)
 
 
-def test_groups_hold_one_size_and_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [TrialKey(batch_size=b, learning_rate=0.1, seed=s) for b in (1, 8) for s in range(200)]
-    for weights in (10, 10**6, 10**10):
-        groups = cut_into_groups(keys, weights)
-        assert sorted((k.batch_size, k.seed) for g in groups for k in g) == sorted(
-            (k.batch_size, k.seed) for k in keys
-        )
-        assert all(len({k.batch_size for k in g}) == 1 for g in groups)
-        assert groups[0][0].batch_size == 8
-    assert {len(g) for g in cut_into_groups(keys, 10**10)} == {1}
-    assert max(len(g) for g in cut_into_groups(keys, 10)) == group._MOST_TOGETHER
+def test_large_models_run_alone_and_small_ones_together() -> None:
+    assert most_together(10**10) == 1
+    assert most_together(10) == group._MOST_TOGETHER
+    assert 1 < most_together(10**6) < group._MOST_TOGETHER
 
 
 def test_an_error_at_some_rates_does_not_take_the_others_along() -> None:

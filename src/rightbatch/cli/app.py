@@ -210,11 +210,18 @@ def study(
     ] = None,
     no_run: Annotated[bool, typer.Option("--no-run", help="Keep nothing.")] = False,
     storage: Annotated[
-        str | None, typer.Option(help="URL of another database than a file in the run.")
+        str | None,
+        typer.Option(help="URL of another database, such as postgresql+psycopg://user@host/name."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the study in --storage. Default: the workload's.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that run trainings side by side.")
+    ] = 1,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Or run them on a Ray cluster.")
+    ] = "local",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -240,6 +247,8 @@ def study(
         engine=engine,
         storage=storage,
         name=name,
+        workers=workers,
+        executor=executor,
     )
 
 

@@ -10,7 +10,7 @@ from rightbatch.cli.output import Output
 from rightbatch.cli.render_study import study_text
 from rightbatch.errors import UsageError
 from rightbatch.store import dump_record, make_run_directory
-from rightbatch.study.design import StudyDesign, Unit
+from rightbatch.study.design import Unit
 from rightbatch.study.study import SCHEMA, Study, read_design, run_study
 
 
@@ -46,7 +46,7 @@ def run(
     if resume is not None and (run or options["storage"]):
         raise UsageError("--resume already says where the study is. Drop --run and --storage.")
     if resume is not None:
-        options |= _as_begun(read_design(resume), options)
+        options |= _as_begun(resume, options)
     with output.progress(f"Study of {reference}") as report:
         report(f"Checking {reference}")
         workload = open_workload(reference, "cpu", threads)
@@ -63,8 +63,9 @@ def run(
 _DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3}
 
 
-def _as_begun(design: StudyDesign, options: dict[str, Any]) -> dict[str, Any]:
+def _as_begun(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """The options that a study was begun with; others are refused."""
+    design, storage = read_design(folder)
     asked = ("batch_sizes", "learning_rates", "seeds", "target", *get_args(Unit))
     given = [name for name in asked if options[name] != _DEFAULTS.get(name)]
     if given:
@@ -72,7 +73,9 @@ def _as_begun(design: StudyDesign, options: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"--resume goes on with the design that was begun. Drop {names}.")
     lengths: dict[str, Any] = dict.fromkeys(get_args(Unit))
     lengths[design.budget.unit] = design.budget.amount
+    place = {"storage": storage.url, "name": storage.name} if storage else {}
     return {
+        **place,
         "batch_sizes": design.batch_sizes,
         "learning_rates": design.learning_rates or "auto",
         "seeds": design.seeds,

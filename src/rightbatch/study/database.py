@@ -1,8 +1,9 @@
 """The trials of a study in a small SQL database: a SQLite file, or PostgreSQL by URL.
 
-One coordinator writes, the trainings of a group at once, in one transaction: what was told to be
-done is on disk whole, and a process that is killed leaves nothing half written. Numbers that are
-not finite are stored as NULL.
+A coordinator writes the trainings of a group at once, in one transaction: what was told to be done
+is on disk whole, and a process that is killed leaves nothing half written. A SQLite file has one
+coordinator; on a PostgreSQL server several machines work at one study, each on the trainings that
+it has claimed (`claims`). Numbers that are not finite are stored as NULL.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import filelock
 import sqlalchemy as sql
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError
 
 from rightbatch.errors import CorruptStateError, MissingExtraError, UsageError
 from rightbatch.study.design import StudyDesign
-from rightbatch.study.trials import EvaluationPoint, TrialKey, TrialState
+from rightbatch.study.trials import Asked, EvaluationPoint, TrialKey, TrialState
 
-VERSION = 1
+VERSION = 2
 """Of the tables; another one is refused."""
+_TABLES_LOCK = 7_261_748_242
+"""Held while tables are made on a server, where two may begin at once: any number of ours."""
 
 _METADATA = sql.MetaData()
 _STUDIES = sql.Table(
@@ -38,7 +43,7 @@ _STUDIES = sql.Table(
     sql.Column("task", sql.Text, nullable=False),
     sql.Column("design", sql.Text, nullable=False),
 )
-_TRIALS = sql.Table(
+TRIALS = sql.Table(
     "trials",
     _METADATA,
     sql.Column("id", sql.Integer, primary_key=True),
@@ -46,11 +51,15 @@ _TRIALS = sql.Table(
     sql.Column("batch_size", sql.Integer, nullable=False),
     sql.Column("learning_rate", sql.Double, nullable=False),
     sql.Column("seed", sql.BigInteger, nullable=False),
+    sql.Column("share", sql.Double, nullable=False, default=1.0),
     sql.Column("state", sql.Text, nullable=False),
     sql.Column("note", sql.Text, nullable=False, default=""),
+    sql.Column("worker", sql.Text, nullable=False, default=""),
+    sql.Column("attempt", sql.Integer, nullable=False, default=0),
+    sql.Column("lease", sql.Double, nullable=False, default=0.0),
     sql.UniqueConstraint("study", "batch_size", "learning_rate", "seed"),
 )
-_POINTS = sql.Table(
+POINTS = sql.Table(
     "points",
     _METADATA,
     sql.Column("trial", sql.ForeignKey("trials.id"), primary_key=True),
@@ -60,7 +69,14 @@ _POINTS = sql.Table(
     sql.Column("val_loss", sql.Double),
     sql.Column("val_metric", sql.Double),
 )
-_EVENTS = sql.Table(
+_FACTS = sql.Table(
+    "facts",
+    _METADATA,
+    sql.Column("study", sql.ForeignKey("studies.id"), primary_key=True),
+    sql.Column("name", sql.Text, primary_key=True),
+    sql.Column("value", sql.Text, nullable=False),
+)
+EVENTS = sql.Table(
     "events",
     _METADATA,
     sql.Column("id", sql.Integer, primary_key=True),
@@ -80,20 +96,28 @@ class StoredTrial:
         state: How far it is.
         points: Its evaluations, by step.
         note: Why it failed, or empty.
+        share: Of the design's budget, how much of it was asked for.
     """
 
     key: TrialKey
     state: TrialState
     points: tuple[EvaluationPoint, ...]
     note: str = ""
+    share: float = 1.0
 
 
 class StudyDatabase:
     """One study in a database.
 
     Args:
-        url: `sqlite:///path`, a bare path of a SQLite file, or `postgresql://…`.
+        url: `sqlite:///path`, a bare path of a SQLite file, or `postgresql+psycopg://…`.
         name: Of the study in this database.
+
+    Attributes:
+        name: Of the study.
+        shown: Where it is, without a password.
+        engine: The connections.
+        shared: Whether other processes, on other machines too, may work at the same study.
 
     Raises:
         UsageError: If the URL cannot be read.
@@ -102,16 +126,27 @@ class StudyDatabase:
 
     def __init__(self, url: str, name: str) -> None:
         self.name = name
-        self._engine = _connect(url)
-        # Without its password.
-        self._shown = url if "://" not in url else self._engine.url.render_as_string()
+        self.engine = _connect(url)
+        self.shared = self.engine.dialect.name != "sqlite"
+        self.shown = url if "://" not in url else self.engine.url.render_as_string()
         self._study: int | None = None
-        with self._explained():
-            _METADATA.create_all(self._engine)
+        self._lock: filelock.BaseFileLock | None = None
+        with self.transaction() as connection:
+            if self.shared:
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_TABLES_LOCK)))
+            _METADATA.create_all(connection)
 
     def close(self) -> None:
-        """Closes its connections."""
-        self._engine.dispose()
+        """Closes its connections, and leaves the file to others."""
+        self.engine.dispose()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def study(self) -> int:
+        """The number of the study that was begun or opened."""
+        assert self._study is not None
+        return self._study
 
     # ---- the study -----------------------------------------------------------------------------
 
@@ -126,8 +161,10 @@ class StudyDatabase:
             Whether it was there before.
 
         Raises:
-            UsageError: If there is a study of this name with another design or task.
+            UsageError: If there is a study of this name with another design or task, or another
+                process works at this SQLite file.
         """
+        self._own_the_file()
         row = {
             "version": VERSION,
             "name": self.name,
@@ -135,24 +172,21 @@ class StudyDatabase:
             "task": _to_json(task),
             "design": _to_json(TypeAdapter(StudyDesign).dump_python(design, mode="json")),
         }
-        with self._explained(), self._engine.begin() as connection:
-            query = sql.select(_STUDIES).where(_STUDIES.c.name == self.name)
-            found = connection.execute(query).mappings().first()
-            if found is None:
-                made = connection.execute(sql.insert(_STUDIES).values(**row))
-                self._study = _first_key(made)
-                return False
-            self._study = cast("int", found["id"])
+        query = sql.select(_STUDIES).where(_STUDIES.c.name == self.name)
+        with self.transaction() as connection:
+            made = self._insert_new(connection, _STUDIES, row)
+            found = connection.execute(query).mappings().one()
         for what in ("version", "task", "design"):
             if found[what] != row[what]:
                 raise UsageError(
-                    f"{self._shown} holds a study {self.name!r} of another {what}: "
+                    f"{self.shown} holds a study {self.name!r} of another {what}: "
                     f"{found[what]}, and now {row[what]}. Give this one another name or place."
                 )
-        return True
+        self._study = cast("int", found["id"])
+        return not made
 
     def open(self) -> tuple[StudyDesign, dict[str, Any]]:
-        """Opens the study of this name, whatever it is.
+        """Opens the study of this name, whatever it is, to be read.
 
         Returns:
             Its design and its task.
@@ -161,132 +195,181 @@ class StudyDatabase:
             UsageError: If there is none.
             CorruptStateError: If its design cannot be read.
         """
-        with self._explained(), self._engine.connect() as connection:
+        with self.transaction() as connection:
             query = sql.select(_STUDIES).where(_STUDIES.c.name == self.name)
             found = connection.execute(query).mappings().first()
         if found is None:
-            raise UsageError(f"{self._shown} holds no study {self.name!r}.")
+            raise UsageError(f"{self.shown} holds no study {self.name!r}.")
         self._study = cast("int", found["id"])
         try:
             design = TypeAdapter(StudyDesign).validate_json(found["design"])
             return design, json.loads(found["task"])
         except (ValidationError, ValueError) as error:
             raise CorruptStateError(
-                f"The design of study {self.name!r} in {self._shown} cannot be read: {error}."
+                f"The design of study {self.name!r} in {self.shown} cannot be read: {error}."
             ) from error
+
+    def _own_the_file(self) -> None:
+        """One coordinator for a SQLite file: WAL with several writers may lose what was written."""
+        path = self.engine.url.database
+        if self.shared or self._lock is not None or path in (None, "", ":memory:"):
+            return
+        lock = filelock.FileLock(f"{path}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UsageError(
+                f"Another process works at {self.shown}. Wait for its end, give this study "
+                "another place, or let several work at one in PostgreSQL (--storage "
+                "postgresql+psycopg://…)."
+            ) from None
+        self._lock = lock
 
     # ---- its trials ----------------------------------------------------------------------------
 
-    def add(self, keys: Iterable[TrialKey]) -> None:
-        """Adds trainings that wait; those that are there already stay as they are."""
-        there = set(self._ids())
-        rows = [
-            {"study": self._study, **dataclasses.asdict(key), "state": "waiting", "note": ""}
-            for key in dict.fromkeys(keys)
-            if key not in there
-        ]
-        if rows:
-            with self._explained(), self._engine.begin() as connection:
-                connection.execute(sql.insert(_TRIALS), rows)
-
-    def set_state(self, keys: Sequence[TrialKey], state: TrialState, note: str = "") -> None:
-        """Sets the state of trainings, all at once."""
-        self.write([(key, state, (), note) for key in keys])
-
-    def write(
-        self,
-        results: Sequence[tuple[TrialKey, TrialState, Sequence[EvaluationPoint], str]],
-    ) -> None:
-        """Writes states and evaluations of trainings, all of them or none.
+    def add(self, asked: Iterable[Asked]) -> int:
+        """Adds trainings that wait; one that is there waits again where more of it is asked for.
 
         Args:
-            results: Key, state, evaluations (which replace those that are there) and note.
+            asked: Which, and how far.
+
+        Returns:
+            How many were new or are to go farther.
         """
-        ids = self._ids()
-        states = [{"trial": ids[key], "new": state, "why": note} for key, state, _, note in results]
-        points = [
-            {"trial": ids[key], **dataclasses.asdict(point)}
-            for key, _, points, _ in results
-            for point in points
-        ]
-        update = (
-            sql.update(_TRIALS)
-            .where(_TRIALS.c.id == sql.bindparam("trial"))
-            .values(state=sql.bindparam("new"), note=sql.bindparam("why"))
+        rows = [
+            {"study": self.study, **dataclasses.asdict(one.key), "share": one.share,
+             "state": "waiting", "note": ""}
+            for one in dict.fromkeys(asked)
+        ]  # fmt: skip
+        if not rows:
+            return 0
+        farther = (
+            sql.update(TRIALS)
+            .where(
+                TRIALS.c.study == sql.bindparam("of"),
+                *(TRIALS.c[name] == sql.bindparam(f"of_{name}") for name in _KEY_FIELDS),
+                TRIALS.c.share < sql.bindparam("to"),
+            )
+            .values(share=sql.bindparam("to"), state="waiting")
         )
-        with self._explained(), self._engine.begin() as connection:
-            if points:
-                of = sql.bindparam("of", expanding=True)
-                gone = sql.delete(_POINTS).where(_POINTS.c.trial.in_(of))
-                connection.execute(gone, {"of": sorted({point["trial"] for point in points})})
-                connection.execute(sql.insert(_POINTS), points)
-            if states:
-                connection.execute(update, states)
+        with self.transaction() as connection:
+            count = sum(self._insert_new(connection, TRIALS, row) for row in rows)
+            for row in rows:
+                at = {f"of_{name}": row[name] for name in _KEY_FIELDS}
+                found = connection.execute(farther, {"of": self.study, "to": row["share"], **at})
+                count += found.rowcount
+        return count
+
+    def set_state(self, old: Sequence[TrialState], new: TrialState) -> None:
+        """Moves all trainings that are in one of some states to another."""
+        own = sql.and_(TRIALS.c.study == self.study, TRIALS.c.state.in_(old))
+        with self.transaction() as connection:
+            connection.execute(sql.update(TRIALS).where(own).values(state=new))
+
+    def count_states(self) -> dict[TrialState, int]:
+        """How many trainings are in which state."""
+        query = sql.select(TRIALS.c.state, sql.func.count()).where(TRIALS.c.study == self.study)
+        with self.transaction() as connection:
+            rows = connection.execute(query.group_by(TRIALS.c.state)).all()
+        return {row[0]: row[1] for row in rows}
 
     def trials(self) -> list[StoredTrial]:
         """All trainings in the order in which they were added, with their evaluations."""
-        own = _TRIALS.c.study == self._study
+        own = TRIALS.c.study == self.study
         points: dict[int, list[EvaluationPoint]] = {}
-        with self._explained(), self._engine.connect() as connection:
-            found = connection.execute(sql.select(_TRIALS).where(own).order_by(_TRIALS.c.id)).all()
-            joined = sql.select(_POINTS).join(_TRIALS).where(own)
-            for row in connection.execute(joined.order_by(_POINTS.c.trial, _POINTS.c.step)):
+        with self.transaction() as connection:
+            found = connection.execute(sql.select(TRIALS).where(own).order_by(TRIALS.c.id)).all()
+            joined = sql.select(POINTS).join(TRIALS).where(own)
+            for row in connection.execute(joined.order_by(POINTS.c.trial, POINTS.c.step)):
                 trial, *values = row
                 points.setdefault(trial, []).append(
                     EvaluationPoint(**dict(zip(_POINT_FIELDS, values, strict=True)))
                 )
         return [
             StoredTrial(
-                key=TrialKey(
-                    batch_size=row.batch_size, learning_rate=row.learning_rate, seed=row.seed
-                ),
+                key=key_of(row),
                 state=row.state,
                 points=tuple(points.get(row.id, ())),
                 note=row.note,
+                share=row.share,
             )
             for row in found
         ]
 
-    def _ids(self) -> dict[TrialKey, int]:
-        query = sql.select(_TRIALS).where(_TRIALS.c.study == self._study)
-        with self._explained(), self._engine.connect() as connection:
-            return {
-                TrialKey(
-                    batch_size=row.batch_size, learning_rate=row.learning_rate, seed=row.seed
-                ): row.id
-                for row in connection.execute(query)
-            }
+    # ---- facts and events ----------------------------------------------------------------------
+
+    def fact(self, name: str) -> Any:
+        """What was found out about this study, or None."""
+        with self.transaction() as connection:
+            query = sql.select(_FACTS.c.value).where(
+                _FACTS.c.study == self.study, _FACTS.c.name == name
+            )
+            found = connection.execute(query).scalar()
+        return None if found is None else json.loads(found)
+
+    def settle_fact(self, name: str, value: Any) -> Any:
+        """Keeps what was found out, unless another process was first.
+
+        Args:
+            name: What it is.
+            value: Plain data.
+
+        Returns:
+            What holds for everybody.
+        """
+        row = {"study": self.study, "name": name, "value": _to_json(value)}
+        with self.transaction() as connection:
+            self._insert_new(connection, _FACTS, row)
+        return self.fact(name)
 
     def tell(self, kind: str, text: str) -> None:
         """Notes that something happened."""
-        row = {"study": self._study, "time": _now(), "kind": kind, "text": text}
-        with self._explained(), self._engine.begin() as connection:
-            connection.execute(sql.insert(_EVENTS).values(**row))
+        with self.transaction() as connection:
+            connection.execute(sql.insert(EVENTS).values(self.event(kind, text)))
+
+    def event(self, kind: str, text: str) -> dict[str, Any]:
+        """A row that notes that something happened."""
+        return {"study": self.study, "time": _now(), "kind": kind, "text": text}
 
     def events(self) -> list[tuple[str, str, str]]:
         """What happened: time (UTC), kind and text, oldest first."""
-        query = sql.select(_EVENTS.c.time, _EVENTS.c.kind, _EVENTS.c.text)
-        with self._explained(), self._engine.connect() as connection:
+        query = sql.select(EVENTS.c.time, EVENTS.c.kind, EVENTS.c.text)
+        with self.transaction() as connection:
             rows = connection.execute(
-                query.where(_EVENTS.c.study == self._study).order_by(_EVENTS.c.id)
+                query.where(EVENTS.c.study == self.study).order_by(EVENTS.c.id)
             )
             return [(row.time, row.kind, row.text) for row in rows]
 
+    # ---- connections ---------------------------------------------------------------------------
+
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What the database refuses, in a sentence."""
+    def transaction(self) -> Iterator[sql.Connection]:
+        """All of it or none; what the database refuses is said in a sentence."""
         try:
-            yield
+            with self.engine.begin() as connection:
+                yield connection
         except DatabaseError as error:
             reason = str(error.orig).splitlines()[0]
             if "not a database" in reason or "malformed" in reason:
                 raise CorruptStateError(
-                    f"{self._shown} is no database of studies ({reason}). Give another file, or "
+                    f"{self.shown} is no database of studies ({reason}). Give another file, or "
                     "restore it from a copy."
                 ) from error
-            raise OSError(f"The study database {self._shown} refused: {reason}.") from error
+            raise OSError(f"The study database {self.shown} refused: {reason}.") from error
+
+    def _insert_new(self, connection: sql.Connection, table: sql.Table, row: Any) -> bool:
+        """Inserts a row unless such a one is there, and says whether it did."""
+        insert = postgresql.insert if self.shared else sqlite.insert
+        new = insert(table).on_conflict_do_nothing().returning(sql.literal(1))
+        return connection.execute(new, row).first() is not None
 
 
+def key_of(row: Any) -> TrialKey:
+    """Which training a row is about."""
+    return TrialKey(**{name: getattr(row, name) for name in _KEY_FIELDS})
+
+
+_KEY_FIELDS = tuple(field.name for field in dataclasses.fields(TrialKey))
 _POINT_FIELDS = tuple(field.name for field in dataclasses.fields(EvaluationPoint))
 
 
@@ -326,12 +409,6 @@ def _set_up_sqlite(connection: Any, _: Any) -> None:
     ):
         cursor.execute(f"PRAGMA {setting}")
     cursor.close()
-
-
-def _first_key(result: sql.CursorResult[Any]) -> int:
-    key = result.inserted_primary_key
-    assert key is not None
-    return cast("int", key[0])
 
 
 def _to_json(data: Any) -> str:

@@ -48,29 +48,20 @@ class Finished:
     points: tuple[EvaluationPoint, ...]
 
 
-def cut_into_groups(
-    keys: Sequence[TrialKey], num_weights: int, *, most: int | None = None
-) -> list[list[TrialKey]]:
-    """Trainings that fit into memory together, of one batch size each.
+def most_together(num_weights: int) -> int:
+    """How many trainings fit into memory together.
 
     Args:
-        keys: What is to be run.
         num_weights: Of the model.
-        most: Trainings of a group. Default: as many as fit.
 
     Returns:
-        Groups, the largest batches first: they take the fewest updates.
+        At least 1.
     """
     fit = _MOST_BYTES // max(1, 4 * _COPIES_OF_WEIGHTS * num_weights)
-    most = max(1, min(most or _MOST_TOGETHER, fit))
-    groups: list[list[TrialKey]] = []
-    for size in sorted({key.batch_size for key in keys}, reverse=True):
-        same = [key for key in keys if key.batch_size == size]
-        groups += [same[i : i + most] for i in range(0, len(same), most)]
-    return groups
+    return max(1, min(_MOST_TOGETHER, fit))
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -109,7 +100,7 @@ def run_group(
     seconds = math.inf if step_seconds is None else step_seconds * steps * len(keys)
     short = engine == "auto" and seconds < _WORTH_COMPILING
     engine = "loop" if short else engine
-    most = _count_cores() if threads is None else threads
+    most = count_cores() if threads is None else threads
     count = max(1, min(most, len(keys) // _FEWEST_IN_A_THREAD))
     # Interleaved, so that all take about as long: those that diverge end early.
     parts = [_Part(workload, keys[::count], steps, engine, smallest)]

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from rightbatch.device.out_of_memory import is_out_of_memory
 from rightbatch.errors import RightbatchError, UsageError
 from rightbatch.probes.throughput import measure_throughput
 from rightbatch.recipe import Recipe
 from rightbatch.store import hash_tensors
-from rightbatch.study.auto_rates import farther_rates, first_rates
+from rightbatch.study.claims import Claim, Claims, Result
 from rightbatch.study.contestant import MOST_LOOKED_AT
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import StudyDesign
-from rightbatch.study.group import Engine, Finished, cut_into_groups, run_group
+from rightbatch.study.executors import (
+    Executor,
+    ExecutorName,
+    GroupTask,
+    Outcome,
+    make_executor,
+)
+from rightbatch.study.grid import GridSearch
+from rightbatch.study.group import Engine, Finished, most_together
 from rightbatch.study.judging import Setting
-from rightbatch.study.size_table import tables_of
-from rightbatch.study.trials import FINAL, EvaluationPoint, TrialKey
+from rightbatch.study.search import Search
+from rightbatch.study.trials import FINAL, TrialKey, TrialState
 from rightbatch.training import Training
 from rightbatch.training.evaluate import has_metric
 from rightbatch.training.model import smallest_pass
@@ -31,8 +40,10 @@ from rightbatch.workload.target import Target, parse_target
 
 Progress = Callable[..., None]
 _TIMING_SECONDS = 2.0
-_STEP_TIME, _FIRST_RATES, _ENGINE = "step time", "first rates", "engine"
-"""Kinds of events whose text is read again."""
+_POLL_SECONDS = 0.5
+_MOST_LOSSES = 3
+_OPEN: tuple[TrialState, ...] = ("waiting", "running", "stopped")
+_STEP_TIME, _ENGINE = "step time", "engine"
 
 
 class StudyRunner:
@@ -43,6 +54,8 @@ class StudyRunner:
         design: What to run.
         database: Where it is kept.
         engine: What runs the trainings.
+        executor: Where they run.
+        workers: In how many processes, where that is here.
         threads: For the compiled engine; None: one per core.
         progress: Told what is being done.
 
@@ -60,15 +73,22 @@ class StudyRunner:
         database: StudyDatabase,
         *,
         engine: Engine,
-        threads: int | None,
+        executor: ExecutorName = "local",
+        workers: int = 1,
+        threads: int | None = None,
         progress: Progress,
     ) -> None:
         self._workload = workload
         self._design = design
         self._database = database
         self._engine: Engine = engine
-        self._threads = threads
+        self._executor: ExecutorName = executor
+        self._workers, self._threads = workers, threads
         self._say = progress
+        self._numbers = itertools.count()
+        self._claimed: dict[int, Sequence[Claim]] = {}
+        self._losses: Counter[TrialKey] = Counter()
+        self._ended: tuple[int, int] | None = None
         target = None if design.target is None else parse_target(design.target)
         _check_target(target, workload)
         on_training = workload.val_examples is None or (
@@ -115,30 +135,41 @@ class StudyRunner:
 
     def run(self) -> None:
         """Runs all that has not ended; those that failed before get another chance."""
-        failed = [t.key for t in self._database.trials() if t.state == "failed"]
-        self._database.set_state(failed, "waiting")
+        self._database.set_state(["failed"], "waiting")
         self._measure_step_time()
-        self._run_rounds()
-
-    def stop(self) -> None:
-        """Marks what was not run."""
-        left = [t.key for t in self._database.trials() if t.state not in FINAL]
-        self._database.set_state(left, "stopped")
+        search = GridSearch(
+            self._workload, self._design, self._database, self.setting, self._say_what
+        )
+        executor = make_executor(
+            self._judged,
+            executor=self._executor,
+            workers=self._workers,
+            threads=self._threads,
+            progress=self._say_share,
+        )
+        claims = Claims(self._database)
+        left: TrialState = "waiting"
+        try:
+            self._run_rounds(search, executor, claims)
+        except KeyboardInterrupt:
+            left = "waiting" if self._database.shared else "stopped"  # others may go on with it
+            raise
+        finally:
+            executor.close()
+            claims.close(left)
+            if left == "stopped":
+                self._database.set_state(["waiting"], "stopped")
 
     @property
     def engines(self) -> tuple[str, ...]:
         """What ran the trainings, and why."""
-        return tuple(dict.fromkeys(self._told(_ENGINE)))
-
-    def _told(self, kind: str) -> list[str]:
-        return [text for _, own, text in self._database.events() if own == kind]
+        told = [text for _, kind, text in self._database.events() if kind == _ENGINE]
+        return tuple(dict.fromkeys(told))
 
     def _measure_step_time(self) -> None:
         """The step time of every size; of a study that is gone on with, the one it began with."""
-        known, sizes = self._told(_STEP_TIME), self._design.batch_sizes
-        if known:
-            times = {int(size): seconds for size, seconds in json.loads(known[-1]).items()}
-        else:
+        known, sizes = self._database.fact(_STEP_TIME), self._design.batch_sizes
+        if known is None:
             self._say("step time: how long an update takes at each batch size")
             try:
                 record = measure_throughput(
@@ -151,107 +182,115 @@ class StudyRunner:
                 if self._design.budget.unit == "seconds":
                     raise
                 return  # nothing is told in seconds then
-            times = {size: record.step_time.seconds(size) for size in sizes}
-            self._database.tell(_STEP_TIME, json.dumps(times))
+            measured = {str(size): record.step_time.seconds(size) for size in sizes}
+            known = self._database.settle_fact(_STEP_TIME, measured)
+        times = {int(size): seconds for size, seconds in known.items()}
         self.setting = dataclasses.replace(self.setting, seconds_of=times.__getitem__)
 
     # ---- rounds --------------------------------------------------------------------------------
 
-    def _run_rounds(self) -> None:
-        """Runs what the design asks for, and what its rates at the edge ask for after that."""
-        asked = self._first_keys()
-        while asked:
-            self._database.add(asked)
-            waiting = [t.key for t in self._database.trials() if t.state not in FINAL]
-            # One after the other gains nothing from a group, which is kept only when it ends.
-            most = 1 if self._engine == "loop" else None
-            for group in cut_into_groups(waiting, self._num_weights, most=most):
-                self._run_group(group)
-            there = {trial.key for trial in self._database.trials()}
-            asked = [key for key in self._farther_keys() if key not in there]
+    def _run_rounds(self, search: Search, executor: Executor, claims: Claims) -> None:
+        """Runs what the search asks for, until it asks for nothing more."""
+        database = self._database
+        while True:
+            self._submit_all(executor, claims)
+            if executor.pending:
+                for outcome in executor.wait():
+                    self._take_in(outcome, executor, claims)
+            elif self._count("running"):  # others are at it
+                time.sleep(_POLL_SECONDS)
+            elif not database.add(search.ask(database.trials())) and not self._count(*_OPEN):
+                return
 
-    def _keys(self, batch_size: int, rates: Sequence[float]) -> list[TrialKey]:
-        return [
-            TrialKey(batch_size=batch_size, learning_rate=rate, seed=seed)
-            for rate in rates
-            for seed in self._design.seeds
-        ]
+    def _count(self, *states: TrialState) -> int:
+        found = self._database.count_states()
+        return sum(found.get(state, 0) for state in states)
 
-    def _first_keys(self) -> list[TrialKey]:
-        rates = self._design.learning_rates
-        if rates is not None:
-            return [key for size in self._design.batch_sizes for key in self._keys(size, rates)]
-        known = self._told(_FIRST_RATES)
-        found: dict[str, Sequence[float]] = json.loads(known[-1]) if known else {}
-        if not known:
-            for size in self._design.batch_sizes:
-                self._say(f"learning rate: range test at batch {size:,}")
-                found[str(size)] = first_rates(self._workload, size)
-            self._database.tell(_FIRST_RATES, json.dumps(found))
-        return [key for size, own in found.items() for key in self._keys(int(size), own)]
+    def _submit_all(self, executor: Executor, claims: Claims) -> None:
+        """Claims as many groups as can be run at once."""
+        several = executor.capacity > 1
+        # One after the other gains nothing from a group, which is kept only when it ends.
+        most = 1 if self._engine == "loop" else most_together(self._num_weights)
+        if several:
+            shares = executor.capacity * len(self._design.batch_sizes)
+            most = max(1, min(most, -(-self._count("waiting", "stopped") // shares)))
+        while executor.pending < executor.capacity:
+            # The longest first where the last one to end decides.
+            claimed = claims.take(most, small_batches_first=several)
+            if not claimed:
+                return
+            alone = [claim for claim in claimed if self._losses[claim.key]]
+            together = [claim for claim in claimed if not self._losses[claim.key]]
+            for group in [together, *([claim] for claim in alone)]:
+                if group:
+                    self._submit(group, executor)
 
-    def _farther_keys(self) -> list[TrialKey]:
-        if self._design.learning_rates is not None:
-            return []
-        tables = tables_of(self._database.trials(), self.setting)
-        return [
-            key for table in tables for key in self._keys(table.batch_size, farther_rates(table))
-        ]
-
-    def _run_group(self, keys: Sequence[TrialKey]) -> None:
-        size, database = keys[0].batch_size, self._database
-        states = [trial.state for trial in database.trials()]
-        ended = sum(state in FINAL for state in states)
-        seconds_of = self.setting.seconds_of
+    def _submit(self, group: Sequence[Claim], executor: Executor) -> None:
+        first, setting = group[0], self.setting
+        size, seconds_of = first.key.batch_size, self.setting.seconds_of
         step_seconds = None if seconds_of is None else seconds_of(size)
-        smallest = self.setting.smallest
         N = self._workload.num_examples
-        steps = self._design.budget.steps(size, N, step_seconds, smallest)
+        steps = self._design.budget.steps(size, N, step_seconds, setting.smallest)
+        task = GroupTask(
+            number=next(self._numbers),
+            keys=tuple(claim.key for claim in group),
+            steps=max(1, round(first.share * steps)),
+            engine=self._engine,
+            step_seconds=step_seconds,
+            smallest=setting.smallest,
+        )
+        self._claimed[task.number] = group
+        executor.submit(task)
 
-        def tell(share: float) -> None:
-            done = (ended + share * len(keys)) / len(states)
-            self._say(f"batch {size:,}: {len(keys)} trainings of {steps:,} updates", done)
+    def _say_share(self, task: GroupTask, share: float) -> None:
+        if share == 0.0 or self._ended is None:
+            ended = self._count(*FINAL)
+            self._ended = ended, ended + self._count(*_OPEN)
+        ended, there = self._ended
+        size, count = task.keys[0].batch_size, len(task.keys)
+        text = f"batch {size:,}: {count} trainings of {task.steps:,} updates"
+        self._say(text, (ended + share * count) / there)
 
-        tell(0.0)
-        database.set_state(keys, "running")
-        try:
-            finished, ran_by = run_group(
-                self._judged,
-                keys,
-                steps,
-                engine=self._engine,
-                step_seconds=step_seconds,
-                smallest=smallest,
-                threads=self._threads,
-                progress=tell,
-            )
-        except UsageError:  # the engine that was asked for cannot: neither can it at other sizes
-            database.set_state(keys, "waiting")
-            raise
-        except Exception as error:
-            self._run_alone(keys, error)
-            return
-        if ran_by not in self.engines:
-            database.tell(_ENGINE, ran_by)
-        database.write([self._row(training) for training in finished])
+    def _say_what(self, text: str) -> None:
+        self._say(text)
 
-    def _run_alone(self, keys: Sequence[TrialKey], error: Exception) -> None:
-        """After an error in a group: whose it was, unless there is no room for any of them."""
-        if len(keys) > 1 and not is_out_of_memory(error):
-            for key in keys:
-                self._run_group([key])
-            return
-        note = f"{type(error).__name__}: {error}"[:500]
-        self._database.set_state(keys, "failed", note)
+    def _take_in(self, outcome: Outcome, executor: Executor, claims: Claims) -> None:
+        """Writes how a group ended, or has it run again."""
+        group = self._claimed.pop(outcome.task.number)
+        self._ended = None
+        if outcome.lost:
+            self._take_in_loss(outcome.lost, group, claims)
+        elif outcome.failure is None:
+            if outcome.ran_by not in self.engines:
+                self._database.tell(_ENGINE, outcome.ran_by)
+            rows = [self._result(training) for training in outcome.finished]
+            claims.settle(dict(zip(group, rows, strict=True)))
+        elif outcome.failure.kind == "usage":  # what was asked for cannot be done at any size
+            raise UsageError(outcome.failure.text)
+        elif len(group) > 1 and outcome.failure.kind != "memory":
+            for claim in group:  # whose error was it?
+                self._submit([claim], executor)
+        else:
+            failed = Result(state="failed", note=outcome.failure.text)
+            claims.settle(dict.fromkeys(group, failed))
 
-    def _row(self, training: Finished) -> tuple[TrialKey, Any, Sequence[EvaluationPoint], str]:
+    def _take_in_loss(self, how: str, group: Sequence[Claim], claims: Claims) -> None:
+        """After a worker was lost: once more, each alone; one that was lost thrice has failed."""
+        self._database.tell("lost", f"{len(group)} trainings: {how}")
+        self._losses.update(claim.key for claim in group)
+        given_up = [claim for claim in group if self._losses[claim.key] >= _MOST_LOSSES]
+        note = f"What ran it was lost {_MOST_LOSSES} times. {how}"
+        claims.settle(dict.fromkeys(given_up, Result(state="failed", note=note)))
+        claims.give_back([claim for claim in group if claim not in given_up])
+
+    def _result(self, training: Finished) -> Result:
         points = training.points
         if not self.setting.has_validation:
             points = [
                 dataclasses.replace(p, train_loss=p.val_loss, val_loss=None, val_metric=None)
                 for p in points
             ]
-        return training.key, "diverged" if training.diverged else "complete", points, ""
+        return Result(state="diverged" if training.diverged else "complete", points=points)
 
 
 def with_training_part(workload: Workload) -> Workload:

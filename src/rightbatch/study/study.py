@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from rightbatch.errors import ProbeError, UsageError
-from rightbatch.store import write_record
+from rightbatch.store import read_record, write_record
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import BatchSizes, LearningRates, StudyDesign, make_design
 from rightbatch.study.equal_costs import compare_sizes
+from rightbatch.study.executors import ExecutorName
 from rightbatch.study.findings import Best, Comparison, Fits, SizeFinding
 from rightbatch.study.group import Engine
 from rightbatch.study.judging import summarise_trial
@@ -24,7 +25,8 @@ from rightbatch.study.trials import FINAL, StudyTrial
 from rightbatch.workload import Workload
 
 SCHEMA = "rightbatch.study/1"
-DATABASE = "study.db"
+DATABASE, STORAGE = "study.db", "storage.json"
+STORAGE_SCHEMA = "rightbatch.storage/1"
 DEFAULT_EPOCHS = 20.0
 _NAME = "study"
 
@@ -106,6 +108,8 @@ def run_study(
     seconds: float | None = None,
     target: str | None = None,
     engine: Engine = "auto",
+    executor: ExecutorName = "local",
+    workers: int = 1,
     run_directory: str | Path | None = None,
     storage: str | None = None,
     name: str | None = None,
@@ -130,11 +134,16 @@ def run_study(
         seconds: Or seconds that the training loop would take, by the measured step time.
         target: What counts as trained, such as `val_loss<=0.15`. Default: the workload's.
         engine: `compiled`, `loop`, or `auto`.
+        executor: Where trainings run: `local`, or `ray`: on the Ray cluster that this process is
+            connected to or finds, otherwise on one that it starts here.
+        workers: Processes of this machine that run trainings side by side; with 1 this one does.
+            One that dies is replaced, and what it ran is run again.
         run_directory: Where its files are kept: the database, `study.json`, and one row per
             training and per evaluation in `trials.csv` and `points.csv`. Default: nowhere.
-        storage: URL of another database, such as `postgresql+psycopg://…`.
+        storage: URL of another database, such as `postgresql+psycopg://user@host/name`. Called
+            with the same arguments on several machines, they share the trainings.
         name: Of the study in that database. Default: the workload's.
-        threads: Of the compiled engine. Default: one per core.
+        threads: Of the compiled engine, in each worker. Default: all cores, divided by workers.
         progress: Told what is being done, and which share of the trainings is done.
 
     Returns:
@@ -170,12 +179,17 @@ def run_study(
         folder.mkdir(parents=True, exist_ok=True)
     place = storage or ("sqlite://" if folder is None else str(folder / DATABASE))
     database = StudyDatabase(place, name or (_NAME if storage is None else workload.name))
+    if folder is not None and storage is not None:
+        elsewhere = Storage(url=database.shown, name=database.name)
+        write_record(folder / STORAGE, elsewhere, schema=STORAGE_SCHEMA)
     try:
         runner = StudyRunner(
             workload,
             design,
             database,
             engine=engine,
+            executor=executor,
+            workers=workers,
             threads=threads,
             progress=progress or (lambda *_: None),
         )
@@ -186,7 +200,6 @@ def run_study(
             runner.run()
         except KeyboardInterrupt:
             state = "stopped"
-            runner.stop()
         seconds_taken = time.perf_counter() - begun
         study = _conclude(workload, database, runner, design, state, seconds_taken)
         if folder is not None:
@@ -201,24 +214,40 @@ def run_study(
     return study
 
 
-def read_design(run_directory: str | Path) -> StudyDesign:
-    """The design of a study that was begun.
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """Where the trainings of a study are, when not in its folder.
+
+    Attributes:
+        url: Of the database, without a password.
+        name: Of the study in it.
+    """
+
+    url: str
+    name: str
+
+
+def read_design(run_directory: str | Path) -> tuple[StudyDesign, Storage | None]:
+    """The design of a study that was begun, and where its trainings are.
 
     Args:
         run_directory: Where its files are.
 
     Returns:
-        The design.
+        The design, and the other storage where it has one.
 
     Raises:
         UsageError: If there is no study.
     """
-    place = Path(run_directory) / DATABASE
-    if not place.exists():
-        raise UsageError(f"There is no study in {str(run_directory)!r}: it has no {DATABASE}.")
-    database = StudyDatabase(str(place), _NAME)
+    folder, storage = Path(run_directory), None
+    if (folder / STORAGE).exists():
+        storage = read_record(folder / STORAGE, Storage, schema=STORAGE_SCHEMA)
+    elif not (folder / DATABASE).exists():
+        raise UsageError(f"There is no study in {str(folder)!r}: it has no {DATABASE}.")
+    url, name = (storage.url, storage.name) if storage else (str(folder / DATABASE), _NAME)
+    database = StudyDatabase(url, name)
     try:
-        return database.open()[0]
+        return database.open()[0], storage
     finally:
         database.close()
 

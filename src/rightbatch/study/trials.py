@@ -26,6 +26,19 @@ class TrialKey:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A training that is to be run, and how far.
+
+    Attributes:
+        key: Which.
+        share: Of the budget that the design gives every training, 0 to 1.
+    """
+
+    key: TrialKey
+    share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationPoint:
     """One evaluation of a training.
 
