@@ -157,7 +157,7 @@ def test_probes_alone_are_evidence_without_a_race() -> None:
     ("argument", "value", "error", "words"),
     [
         ("goal", "fast", UsageError, r"goal is 'fast'; choose one of time, examples, steps"),
-        ("effort", "max", UsageError, r"effort is 'max'; choose one of auto, probe, race"),
+        ("effort", "max", UsageError, r"effort is 'max'; choose one of auto, probe, race, study"),
         ("budget", "soon", UsageError, r"budget 'soon' is no duration. Write it like '30s'"),
         ("budget", 0, UsageError, r"budget 0 is no duration"),
         ("budget", -3.0, UsageError, r"budget -3.0 is no duration"),

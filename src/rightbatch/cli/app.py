@@ -31,7 +31,7 @@ probe_app = typer.Typer(
 app.add_typer(probe_app, name="probe")
 
 Goal = Literal["time", "examples", "steps", "quality"]
-Effort = Literal["auto", "probe", "race"]
+Effort = Literal["auto", "probe", "race", "study"]
 WorkloadArgument = Annotated[
     str, typer.Argument(metavar="WORKLOAD", help="Catalog name, file.py:name or module:name.")
 ]

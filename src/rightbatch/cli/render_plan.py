@@ -10,6 +10,7 @@ from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import Plan
 from rightbatch.study.race import UNIT_BATCH
 from rightbatch.study.records import RaceRecord, TrialRecord
+from rightbatch.study.study import Study
 
 _LABELS = {
     "global_batch": "batch size",
@@ -31,12 +32,14 @@ def plan_text(plan: Plan) -> str:
     Returns:
         Lines of at most 80 columns.
     """
-    race = plan.evidence.race
+    race, study = plan.evidence.race, plan.evidence.study
     parts = [wrap(answer(plan)), _reasons(plan)]
     if plan.prediction is not None:
         parts.append(_prediction(plan))
     if race is not None:
         parts.append(_runs(plan, race))
+    if study is not None:
+        parts.append(_sizes(study))
     if plan.warnings:
         parts.append("\n".join(wrap(f"Note: {warning}") for warning in plan.warnings))
     parts.append(_cost(plan))
@@ -59,21 +62,21 @@ def answer(plan: Plan) -> str:
 
 
 def _gain(plan: Plan) -> str:
-    race = plan.evidence.race
-    if race is None:
+    if plan.evidence.race is None and plan.evidence.study is None:
         return ", as far as probes tell"
     batch = UNIT_BATCH
     advantage = advantage_of(plan)
     if advantage is None or advantage.value is None:
         return ", the usual default batch" if plan.recipe.global_batch == batch else ""
     number = f"{_about(advantage.value)} ({_interval(advantage)})"
-    goal = f"to {_target_text(plan, race)}"
+    goal = f"to {_target_text(plan)}"
     what = {
         "examples": f"{number} times fewer examples {goal} than",
         "steps": f"{number} times fewer steps {goal} than",
     }.get(plan.goal, f"{number} times as fast {goal} as")
     verb = "take" if plan.goal in {"examples", "steps"} else "be"
-    text = f": predicted to {verb} {what} batch {batch} at its best learning rate"
+    how = "found" if plan.evidence.study else "predicted"
+    text = f": {how} to {verb} {what} batch {batch} at its best learning rate"
     # As shown: an interval that is printed as 1 to 2 has 1 in it.
     low, high = _round(advantage.low, 2) or 0.0, _round(advantage.high, 2)
     unsure = low <= 1.0 and (high is None or high >= 1.0)
@@ -87,10 +90,10 @@ def advantage_of(plan: Plan) -> Estimate | None:
         plan: The plan.
 
     Returns:
-        The ratio with its interval; None without a race, or where the recipe's batch is 32.
+        The ratio with its interval; None where it is not known, or the recipe's batch is 32.
     """
-    race, prediction = plan.evidence.race, plan.prediction
-    if race is None or prediction is None or prediction.speedup is None:
+    prediction = plan.prediction
+    if prediction is None or prediction.speedup is None:
         return None
     factor = _per_step(plan, plan.recipe.global_batch) / _per_step(plan, UNIT_BATCH)
     # The speed-up is one of steps times this ratio of seconds; take it out, put the goal's in.
@@ -116,11 +119,11 @@ def _times(estimate: Estimate, factor: float) -> Estimate:
     return Estimate(value=value, low=low, high=high, n=estimate.n, method=estimate.method)
 
 
-def _target_text(plan: Plan, race: RaceRecord) -> str:
-    target = plan.evidence.setting.target
-    if target is not None and race.target_reached:
+def _target_text(plan: Plan) -> str:
+    target, race = plan.evidence.setting.target, plan.evidence.race
+    if target is not None and (race is None or race.target_reached):
         return target
-    return f"a loss of {race.target_loss:.3g}"
+    return "" if race is None else f"a loss of {race.target_loss:.3g}"
 
 
 def _near_best(plan: Plan) -> str:
@@ -133,6 +136,12 @@ def _near_best(plan: Plan) -> str:
 def _rests_on(plan: Plan) -> str:
     race = plan.evidence.race
     probes = "three probes" if plan.evidence.memory is None else "four probes"
+    if plan.evidence.study is not None:
+        study = plan.evidence.study
+        return (
+            f"It rests on {probes} and a study of {len(study.trials)} trainings at "
+            f"{len(study.design.batch_sizes)} batch sizes."
+        )
     if race is None:
         return f"It rests on {probes}; nothing was trained."
     sizes = sorted({t.global_batch for t in race.trials})
@@ -168,8 +177,7 @@ def _value(value: float | str) -> str:
 def _prediction(plan: Plan) -> str:
     prediction = plan.prediction
     assert prediction is not None
-    race = plan.evidence.race
-    goal = "" if race is None else f" to {_target_text(plan, race)}"
+    goal = f" to {_target_text(plan)}"
     rows = [
         ("steps", _about(prediction.steps.value), _interval(prediction.steps)),
         ("examples", _about(prediction.examples.value), _interval(prediction.examples)),
@@ -231,6 +239,22 @@ def _runs(plan: Plan, race: RaceRecord) -> str:
     return f"{make_table(header, rows)}\n{given_up}".rstrip()
 
 
+def _sizes(study: Study) -> str:
+    rows = [
+        (
+            f"{size.batch_size:,}",
+            show_number(_round(size.learning_rate.value)),
+            _about(size.steps_to_target.value),
+            _interval(size.steps_to_target) if size.steps_to_target.resolved else "",
+            f"{size.reached} of {size.trials}",
+            show_number(_round(size.val_loss.value or size.train_loss.value)),
+        )
+        for size in study.sizes
+    ]
+    header = ("batch", "learning rate", "steps to target", "interval", "reached", "last loss")
+    return make_table(header, rows)
+
+
 def _given_up(short: list[TrialRecord]) -> str:
     """The runs that the table leaves out."""
     if not short:
@@ -259,10 +283,10 @@ def _ending(trial: TrialRecord) -> str:
 
 def _cost(plan: Plan) -> str:
     cost, evidence = plan.cost, plan.evidence
-    race, environment = evidence.race, evidence.environment
+    environment = evidence.environment
     compared = (
         ""
-        if cost.full_trainings is None or race is None
+        if cost.full_trainings is None
         else (
             f", as many examples as {_about(cost.full_trainings)} full trainings with "
             f"batch {UNIT_BATCH} are predicted to take"

@@ -24,6 +24,12 @@ from rightbatch.plan.choose import choose, count_examples
 from rightbatch.plan.predict import expected_critical_batch, predict_batch, starting_rate
 from rightbatch.plan.price import make_price, max_micro_batch, open_sizes, step_seconds
 from rightbatch.plan.records import Effort, Environment, Evidence, Goal, Plan, Setting
+from rightbatch.plan.study_around import (
+    EPOCHS_WITHOUT_TARGET,
+    MOST_EPOCHS,
+    NO_STUDY,
+    study_if_wanted,
+)
 from rightbatch.probes.learning_rate import find_learning_rate
 from rightbatch.probes.memory import measure_memory
 from rightbatch.probes.noise import measure_noise_scale
@@ -44,10 +50,6 @@ _TIMED_SIZES = (1, 8, 32, 128)
 _MOST_TIMED = {True: 5000, False: 3000}
 """Timed examples cost as much as trained ones: about this many have to do for the law, where the
 probes are all there is and where a race follows."""
-MOST_EPOCHS = 100
-"""A run gives up on the target after this many epochs when no budget ends it before."""
-EPOCHS_WITHOUT_TARGET = 10.0
-"""Without a target, the loss that the best run has after this many epochs is the target."""
 _FEWEST_EPOCHS = 2.0
 """A race whose runs could not do this many epochs within the budget is not begun."""
 _RUNS_PAID_FOR = 5
@@ -75,8 +77,9 @@ def make_plan(
         workload: What to train.
         goal: `time`: least modelled seconds to the target; `examples`: least compute; `steps`:
             fewest updates; `quality`: the best loss within a fixed cost, whatever the target says.
-        effort: `probe`: measure, run no training. `race`: a few runs' cost. `auto`: a race if
-            one fits the budget.
+        effort: `probe`: measure, run no training. `race`: a few runs' cost. `study`: every size
+            near the one that probes suggest, at several learning rates and seeds. `auto`: the
+            most of these whose predicted cost fits the budget.
         budget: Wall time, such as `"2min"` or seconds. Default: two minutes for `auto`; none
             otherwise.
         target: What counts as trained. Default: the workload's, else what the best run reaches.
@@ -97,7 +100,7 @@ def make_plan(
     started = time.monotonic()
     say = progress or (lambda *_: None)
     _check_choice("goal", goal, ("time", "examples", "steps", "quality"))
-    _check_choice("effort", effort, ("auto", "probe", "race"))
+    _check_choice("effort", effort, ("auto", "probe", "race", "study"))
     if seed < 0:
         raise UsageError(f"seed is {seed}; it cannot be negative.")
     if replicas < 1:
@@ -120,8 +123,10 @@ def make_plan(
         workload, _Asked(goal, effort, seconds, replicas, device, seed), memory_limit, say
     )
     with preserved_state():
-        race, notes = _race_if_wanted(workload, evidence, started, say)
-    evidence = replace(evidence, race=race)
+        study, why_not = study_if_wanted(workload, evidence, started, say)
+        race, notes = (None, ()) if study else _race_if_wanted(workload, evidence, started, say)
+    notes = (*notes, *why_not)
+    evidence = replace(evidence, race=race, study=study)
     plan = choose(workload.name, evidence, seconds=time.monotonic() - started)
     return replace(plan, warnings=(*plan.warnings, *notes))
 
@@ -161,7 +166,7 @@ def replay_plan(plan: Plan) -> Plan:
         The plan that follows from the evidence; the same, bit for bit, unless rightbatch changed.
     """
     again = choose(plan.workload, plan.evidence, seconds=plan.cost.seconds)
-    notes = [w for w in plan.warnings if w.startswith(_NOT_RACED)]
+    notes = [w for w in plan.warnings if w.startswith((_NOT_RACED, NO_STUDY))]
     return replace(again, warnings=(*again.warnings, *notes))
 
 
@@ -292,7 +297,7 @@ def _race_if_wanted(
 ) -> tuple[RaceRecord | None, tuple[str, ...]]:
     """The race, unless probes were asked for or the budget is too small for one."""
     setting = evidence.setting
-    if setting.effort == "probe":
+    if setting.effort in ("probe", "study"):
         return None, ()
     sizes = open_sizes(setting.num_examples, setting.replicas)
     batch = min(sizes, key=lambda size: abs(size - UNIT_BATCH))

@@ -214,6 +214,7 @@ def other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Reas
         why = f"{most} examples at once were run with {spare} to spare{more}."
         source = "memory probe"
     deviation = "" if split.exact else f" {split}"
+    trained = "study" if evidence.study else "race" if evidence.race else "default"
     return [
         Reason(field="micro_batch", because=why + deviation, source=source),
         Reason(
@@ -226,10 +227,10 @@ def other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Reas
         Reason(field="replicas", because="As asked for.", source="argument"),
         Reason(
             field="warmup_steps",
-            because="The learning rate was found without warm-up, from fresh weights."
-            if evidence.race is not None
-            else "No warm-up was tested.",
-            source="race" if evidence.race is not None else "default",
+            because="No warm-up was tested."
+            if trained == "default"
+            else "The learning rate was found without warm-up, from fresh weights.",
+            source=trained,
         ),
         Reason(
             field="precision",
@@ -240,7 +241,7 @@ def other_reasons(evidence: Evidence, recipe: Recipe, split: Split) -> list[Reas
 
 
 def general_warnings(evidence: Evidence) -> list[str]:
-    """What holds for a plan by probes and by a race."""
+    """What holds for any plan."""
     found: list[str] = []
     if evidence.setting.num_examples_is_cut:
         found.append(

@@ -12,10 +12,11 @@ from rightbatch.probes.noise import NoiseRecord
 from rightbatch.probes.throughput import ThroughputRecord
 from rightbatch.recipe import Recipe
 from rightbatch.study.records import RaceRecord
+from rightbatch.study.study import Study
 
 Goal = Literal["time", "examples", "steps", "quality"]
-Effort = Literal["auto", "probe", "race"]
-UsedEffort = Literal["probe", "race"]
+Effort = Literal["auto", "probe", "race", "study"]
+UsedEffort = Literal["probe", "race", "study"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class Evidence:
     noise_scale: NoiseRecord
     learning_rate: LearningRateRecord
     race: RaceRecord | None
+    study: Study | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class Prediction:
         seconds: Modelled seconds: steps × measured step time.
         examples: Training examples.
         speedup: Modelled seconds of batch 32 at its best learning rate ÷ those of the recipe; None
-            without a race, where 32 is not open, or where it is the recipe's batch.
+            where nothing was trained, where 32 is not open, or where it is the recipe's batch.
     """
 
     steps: Estimate
@@ -130,10 +132,10 @@ class Cost:
     """What finding the plan cost.
 
     Attributes:
-        examples: Training examples processed, by probes and race together.
+        examples: Training examples processed, by probes, race and study together.
         seconds: Wall time.
         full_trainings: Examples ÷ those that batch 32 is predicted to take to the target; None
-            without a race.
+            where that is not known.
     """
 
     examples: int
