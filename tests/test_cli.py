@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import rightbatch
-from rightbatch import catalog
+from rightbatch import Recipe, catalog, load_workload, train_stream
 from rightbatch.cli import main
 from rightbatch.errors import (
     CorruptStateError,
@@ -171,6 +171,15 @@ def test_train_a_workload_of_a_file(tmp_path: Path, capsys: Captured) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["val_loss"] is None
     assert data["target"] is None
+
+
+def test_a_run_of_train_stream_with_lengths_of_its_own_is_not_resumed_by_the_command(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    recipe = Recipe(global_batch=10, learning_rate=0.1)
+    train_stream(load_workload("max3"), recipe, steps=3, run_directory=tmp_path)
+    assert main(["train", "max3", "--resume", str(tmp_path), "-q"]) == 2
+    assert "was begun by train_stream, with lengths that `train` does" in capsys.readouterr().err
 
 
 PROBES: dict[str, tuple[list[str], dict[str, str]]] = {

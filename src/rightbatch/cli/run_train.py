@@ -173,6 +173,11 @@ def _settings(
         length = {} if options["steps"] is not None or options["epochs"] is not None else _LENGTH
         return {**options, **length, "recipe": _choose_recipe(choice, workload)}
     saved = read_settings(place.resume)
+    if (saved.epochs is None) == (saved.steps is None):
+        raise UsageError(
+            f"The run in {place.resume} was begun by train_stream, with lengths that `train` does "
+            "not have. Resume it by train_stream(..., resume=True)."
+        )
     begun = {name: getattr(saved, name) for name in _OF_THE_RUN}
     return {**options, **begun}
 
@@ -223,10 +228,10 @@ def _split_of(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run_directory(place: RunChoice, workload: Workload) -> Path | None:
-    """Where the run is kept; a stream's only where that was asked for, and is then refused."""
+    """Where the run is kept, or None."""
     if place.resume is not None:
         return place.resume
-    if not place.keep or (place.begin is None and workload.train_examples.truncated):
+    if not place.keep:
         return None
     if not is_first_process():  # others keep nothing
         return place.begin or Path("runs")

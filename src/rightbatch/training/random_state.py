@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,39 @@ class OwnRandomState:
     def __exit__(self, *failure: object) -> None:
         self.states = get_random_states(self.device)
         set_random_states(self._outside.pop(), self.device)
+
+
+def global_draws() -> dict[str, Any]:
+    """The states of Python's and NumPy's global generators.
+
+    Returns:
+        Plain values and tensors, as a checkpoint holds them.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    place, has_gauss, cached = rest
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(place),
+            int(has_gauss),
+            float(cached),
+        ],
+    }
+
+
+def set_global_draws(states: dict[str, Any]) -> None:
+    """Puts the states of Python's and NumPy's global generators back.
+
+    Args:
+        states: What `global_draws` gave.
+    """
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.training.checkpoints.interrupt import StopOnSignal
-from rightbatch.training.checkpoints.saving import RunSettings, Saver
+from rightbatch.training.checkpoints.saving import RunSettings, Saver, make_saver
 from rightbatch.training.loop import Training
 from rightbatch.training.preflight.check import check_accumulation
 from rightbatch.training.ranks.distributed import count_processes, join_ranks
@@ -125,16 +125,9 @@ def train(
     """
     if (epochs is None) == (steps is None):
         raise UsageError("Give either epochs or steps, and not both.")
-    if run_directory is None and (resume or checkpoint_every is not None):
-        raise UsageError("resume and checkpoint_every need a run_directory. Name one.")
     if workload.train_examples.truncated:
         from rightbatch.training.streams.stream import train_epochs  # which imports this module
 
-        if run_directory is not None:
-            raise UsageError(
-                "The data are a stream, whose place cannot be found again, so the run cannot be "
-                "resumed. Leave run_directory out, or use OnlineLearner, which can be saved."
-            )
         if count_processes() > 1:
             raise UsageError(
                 f"The data are a stream, which {count_processes()} processes cannot divide among "
@@ -151,6 +144,9 @@ def train(
             evaluate_every=evaluate_every,
             callbacks=callbacks,
             workers=workers,
+            run_directory=run_directory,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
         )
     settings = RunSettings(
         workload=workload.name,
@@ -163,9 +159,7 @@ def train(
         evaluate_every=evaluate_every,
         workers=workers,
     )
-    saver = None
-    if run_directory is not None:
-        saver = Saver(run_directory, settings, steps_between=checkpoint_every)
+    saver = make_saver(run_directory, settings, steps_between=checkpoint_every, resume=resume)
     with join_ranks(recipe, device) as ranks:
         if ranks is not None:
             device = ranks.device
@@ -256,6 +250,7 @@ class _Course:
         self._target = training.workload.parsed_target
         self._history: list[Point] = []
         self._steps_to_target: int | None = None
+        self._evaluated_steps = 0
 
     def run(self, *, resume: bool) -> Run:
         """The whole way, or the rest of it.
@@ -288,9 +283,8 @@ class _Course:
     def _finish(self) -> None:
         """Trains to the end, or to where the run stops for another reason."""
         while not self._over():
-            before = self._training.steps
             self._advance()
-            if self._training.steps > before and self._evaluation_is_due():
+            if self._training.steps > self._evaluated_steps and self._evaluation_is_due():
                 self._evaluate()
             if self._saver is not None and self._saver.due(self._training):
                 self._saver.save(self._training, self._state())
@@ -310,20 +304,27 @@ class _Course:
             to_step = min(to_step, saver.next_step(training.steps))
         training.advance(
             None if math.isinf(to_step) else round(to_step) - training.steps,
-            to_epoch=math.floor(training.epochs) + 1 if every is None else None,
+            to_epoch=self._next_epoch() if every is None else None,
             deadline=math.inf if saver is None else saver.deadline,
         )
 
-    def _evaluation_is_due(self) -> bool:
+    def _next_epoch(self) -> int | None:
         training = self._training
-        # A stream ends its pass wherever it likes.
-        if training.diverged or training.finished or training.feed is not None:
+        # A stream ends its pass wherever it likes, and stops there by itself.
+        return math.floor(training.epochs) + 1 if training.feed is None else None
+
+    def _evaluation_is_due(self) -> bool:
+        training, feed = self._training, self._training.feed
+        if training.diverged or training.finished or (feed is not None and feed.between_passes):
             return True
         if self._every is not None:
             return training.steps % self._every == 0
+        if feed is not None:
+            return False
         return training.epochs == math.floor(training.epochs)
 
     def _evaluate(self) -> None:
+        self._evaluated_steps = self._training.steps
         point = self._training.evaluate()
         self._history.append(point)
         for callback in self._training.callbacks:
@@ -342,6 +343,7 @@ class _Course:
         state = None if self._saver is None else self._saver.restore(self._training)
         if state is not None:
             self._history = [Point(**point) for point in state["history"]]
+            self._evaluated_steps = self._history[-1].step if self._history else 0
             self._steps_to_target = state["steps_to_target"]
 
     def _outcome(self) -> Outcome:

@@ -14,7 +14,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rightbatch import Recipe, Workload, train
+from rightbatch import Recipe, Workload, train, train_stream
 from rightbatch.store import hash_tensors
 from rightbatch.training import Callback, Training
 
@@ -59,6 +60,32 @@ WORKLOAD = Workload(
 )
 
 
+class Stream:
+    """Examples of unknown number, augmented by what is drawn."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in torch.randperm(len(X)).tolist():
+            yield X[index] + random.random() * torch.rand(4), Y[index]
+
+
+class StatefulStream(Stream):
+    """One that knows its place."""
+
+    place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < len(X):
+            self.place += 1
+            yield X[self.place - 1] + random.random() * torch.rand(4), Y[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
 class Telling(Callback):
     """Writes where the training is to a pipe that survives it."""
 
@@ -76,18 +103,27 @@ class Telling(Callback):
         time.sleep(0.001)  # else the kills fall into starts and saves alone
 
 
-def run(folder: Path | None, pipe: int) -> str:
+def run(folder: Path | None, pipe: int, data: str) -> str:
     """Trains to the end and returns the hash of everything that counts."""
-    finished = train(
-        WORKLOAD,
-        RECIPE,
-        steps=STEPS,
-        seed=1,
-        callbacks=[Telling(pipe)],
-        run_directory=folder,
-        checkpoint_every=None if folder is None else EVERY,
-        resume=folder is not None,
-    )
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "seed": 1,
+        "callbacks": [Telling(pipe)],
+        "run_directory": folder,
+        "checkpoint_every": None if folder is None else EVERY,
+        "resume": folder is not None,
+    }
+    if data == "tensors":
+        finished = train(WORKLOAD, RECIPE, **options)
+    else:
+        stream = Stream() if data == "stream" else StatefulStream()
+        finished = train_stream(
+            replace(WORKLOAD, train_data=stream),
+            RECIPE.replace(last_batch="scale-lr"),
+            passes=None,
+            shuffle_buffer=7 if data == "stream" else 0,
+            **options,
+        )
     weights = hash_tensors(finished.model.state_dict().items())
     points = [(p.step, p.train_loss.hex(), (p.val_loss or 0.0).hex()) for p in finished.history]
     return f"{weights} {points}"
@@ -113,30 +149,38 @@ def die_in_a_save(draw: random.Random) -> Callable[[], None]:
 
 
 PIPE = [0, 0]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-def one_life(folder: Path, draw: random.Random, mode: str) -> tuple[int, int, str | None]:
+def one_life(
+    folder: Path, draw: random.Random, mode: str, data: str
+) -> tuple[int, int, str | None]:
     """A child that trains until it ends or is killed: its first and last step, and its hash."""
     PIPE[:] = os.pipe()
     arm = die_in_a_save(draw) if mode == "save" else None
     child = os.fork()
     if child == 0:
         os.close(PIPE[0])
+        # In the background of a shell, SIGINT is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if arm is not None:
             arm()
-        result = run(folder, PIPE[1])
+        try:
+            result = run(folder, PIPE[1], data)
+        except KeyboardInterrupt:
+            os._exit(130)
         os.write(PIPE[1], f"hash {result}\n".encode())
         os._exit(0)
     os.close(PIPE[1])
-    if mode == "time":
+    if mode in ("time", "signal"):
         time.sleep(draw.uniform(0.0, 0.15))
-        os.kill(child, signal.SIGKILL)
-    data = b"".join(iter(lambda: os.read(PIPE[0], 65536), b""))
+        os.kill(child, draw.choice(SIGNALS) if mode == "signal" else signal.SIGKILL)
+    told = b"".join(iter(lambda: os.read(PIPE[0], 65536), b""))
     os.close(PIPE[0])
     os.waitpid(child, 0)
     first = last = -1
     digest = None
-    for line in data.decode().splitlines():
+    for line in told.decode().splitlines():
         word, _, rest = line.partition(" ")
         if word == "start":
             first = int(rest)
@@ -147,7 +191,7 @@ def one_life(folder: Path, draw: random.Random, mode: str) -> tuple[int, int, st
     return first, last, digest
 
 
-def trial(seed: int) -> dict[str, Any]:
+def trial(seed: int, data: str) -> dict[str, Any]:
     """Kills a training one to three times, then lets it end."""
     draw = random.Random(seed)
     folder = Path(tempfile.mkdtemp())
@@ -156,13 +200,15 @@ def trial(seed: int) -> dict[str, Any]:
     try:
         for _ in range(draw.randint(1, 3)):
             mode = "save" if draw.random() < 1 / 3 else "time"
-            first, last, digest = one_life(folder, draw, mode)
+            if data != "tensors" and draw.random() < 1 / 4:
+                mode = "signal"
+            first, last, digest = one_life(folder, draw, mode, data)
             kills += digest is None
             lives.append((first, last))
             if digest is not None:
                 break
         while digest is None:
-            first, last, digest = one_life(folder, draw, "end")
+            first, last, digest = one_life(folder, draw, "end", data)
             lives.append((first, last))
     finally:
         shutil.rmtree(folder)
@@ -175,13 +221,13 @@ def trial(seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Arguments: first seed, number of kills."""
-    first_seed, wanted = int(sys.argv[1]), int(sys.argv[2])
+    """Arguments: first seed, number of kills, tensors or a kind of stream."""
+    first_seed, wanted, data = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     null = os.open(os.devnull, os.O_WRONLY)
-    print(json.dumps({"hash": run(None, null)}), flush=True)
+    print(json.dumps({"hash": run(None, null, data)}), flush=True)
     kills, seed = 0, first_seed
     while kills < wanted:
-        result = trial(seed)
+        result = trial(seed, data)
         kills, seed = kills + result["kills"], seed + 1
         print(json.dumps(result), flush=True)
 

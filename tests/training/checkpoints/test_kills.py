@@ -22,7 +22,7 @@ SIGNALLING = Path(__file__).parent / "signalling.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def reports(script: Path, *arguments: int) -> list[dict[str, Any]]:
+def reports(script: Path, *arguments: int | str) -> list[dict[str, Any]]:
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1200
@@ -31,8 +31,8 @@ def reports(script: Path, *arguments: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check_kills(first_seed: int, wanted: int) -> None:
-    whole, *trials = reports(KILLING, first_seed, wanted)
+def check_kills(first_seed: int, wanted: int, data: str = "tensors") -> None:
+    whole, *trials = reports(KILLING, first_seed, wanted, data)
     print(f"seeds {first_seed} to {trials[-1]['seed']}")
     assert sum(trial["kills"] for trial in trials) >= wanted
     for trial in trials:
@@ -50,6 +50,18 @@ def test_a_killed_training_ends_as_if_it_had_not_been() -> None:
 @pytest.mark.timeout(1200)
 def test_a_training_killed_200_times_ends_as_if_it_had_not_been() -> None:
     check_kills(1000, 200)
+
+
+@pytest.mark.parametrize("data", ["stream", "stateful"])
+def test_a_stream_that_was_killed_or_stopped_is_found_again(data: str) -> None:
+    check_kills(0, 8, data)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("data", ["stream", "stateful"])
+def test_a_stream_killed_or_stopped_200_times_is_found_again(data: str) -> None:
+    check_kills(1000, 200, data)
 
 
 # -------------------------------------------------------------------------------- from a cold start
@@ -101,6 +113,60 @@ def test_a_cold_start_goes_on_with_and_without_loader_workers(tmp_path: Path) ->
 @pytest.mark.timeout(1200)
 def test_thirty_cold_starts(tmp_path: Path) -> None:
     check_cold_kills(tmp_path, range(100, 130))
+
+
+STREAM = """
+import random, torch, rightbatch as rb
+
+class Stream:
+    def __iter__(self):
+        for _ in range(400):
+            x = torch.randn(4) + random.random()
+            yield x, (x[:1] > 0).float()
+
+workload = rb.Workload(
+    name="stream",
+    make_model=lambda: torch.nn.Linear(4, 1),
+    train_data=Stream(),
+    loss=torch.nn.functional.mse_loss,
+)
+"""
+
+
+def test_the_command_line_goes_on_with_a_stream(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STREAM)
+    # Where a stream counts as long, so that the command need not read 16,384 examples of it first.
+    start = (
+        "import sys, rightbatch.workload.data as data; data.STREAM_EXAMPLES = 50; "
+        "from rightbatch.cli import run_and_exit; run_and_exit()"
+    )
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    command = [sys.executable, "-c", start, "train", "mine.py:workload", "--json", "-q"]
+    begin = ["--batch-size", "8", "--learning-rate", "0.01", "--steps", "600"]
+    every = ["--checkpoint-every", "20", "--run"]
+
+    def outcome(*options: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [*command, *options], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    wanted = outcome(*begin, "--run", str(whole))
+    with subprocess.Popen(
+        [*command, *begin, *every, str(folder)],
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+    ) as process:
+        until = time.monotonic() + 60
+        while len(list(folder.glob("checkpoints/*.checkpoint"))) < 2 and time.monotonic() < until:
+            time.sleep(0.002)
+        process.terminate()
+        assert process.wait(timeout=20) == 143
+    resumed = outcome("--resume", str(folder))
+    assert resumed["state"] == "complete"
+    assert resumed["parameters_sha256"] == wanted["parameters_sha256"]
 
 
 # ------------------------------------------------------------------------------------------ signals

@@ -580,7 +580,7 @@ def test_what_is_no_learner_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"model": 1}, steps=1)
     with pytest.raises(UsageError, match="is not of an OnlineLearner"):
         OnlineLearner.load(tmp_path, make(), recipe())
-    save_checkpoint(tmp_path, {"form": "rightbatch.online/1", "seed": 0}, steps=2)
+    save_checkpoint(tmp_path, {"form": "rightbatch.online/2", "seed": 0}, steps=2)
     with pytest.raises(CorruptStateError, match="does not hold a learner's state"):
         OnlineLearner.load(tmp_path, make(), recipe())
 

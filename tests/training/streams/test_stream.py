@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from rightbatch import OnlineLearner, Recipe, Workload, accuracy, train, train_stream
 from rightbatch.errors import RecipeError, UsageError, WorkloadError
 from rightbatch.training import Callback, Point, StepRecord
-from rightbatch.training.streams.feed import shuffled
+from rightbatch.training.streams.source import shuffled
 
 N = 53
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0))
@@ -264,6 +264,13 @@ def test_the_buffer_shuffles_otherwise_in_each_pass_and_for_each_seed() -> None:
     # Pinned: another machine and version must draw the same.
     assert list(shuffled(range(8), 4, seed=0, epoch=0)) == [1, 3, 5, 0, 4, 7, 2, 6]
     assert list(shuffled(range(5), 1, seed=0, epoch=0)) == [0, 1, 2, 3, 4]
+
+
+def test_each_pass_is_in_the_order_of_its_number() -> None:
+    rows = [row for epoch in range(2) for row in shuffled(ROWS, 9, seed=5, epoch=epoch)]
+    wanted = train_stream(make(Stream(rows)), recipe(N), seed=5)
+    run = train_stream(make(Stream()), recipe(N), seed=5, passes=2, shuffle_buffer=9)
+    assert torch.equal(weights(run.model), weights(wanted.model))
 
 
 def test_a_full_buffer_shuffles_uniformly() -> None:

@@ -43,18 +43,21 @@ class RunSettings:
 
     Attributes:
         workload: Its name.
-        num_examples: Size of its training set.
+        num_examples: Size of its training set; None of a stream.
         recipe: How it is trained.
         seed: Decides initial weights, data order and dropout.
-        epochs: Length of the run in passes over the training set, or None.
+        epochs: Length of the run in passes over the training set, or None; of a stream it may be
+            given beside the other lengths, and is how often it is gone through.
         steps: Length of the run in updates, or None.
+        examples: Length of the run over a stream in examples, or None.
         until_target: Whether it stops at the target.
         evaluate_every: Updates between evaluations; None: once an epoch.
         workers: Processes that fetch examples ahead.
+        shuffle_buffer: Examples of a stream among which the next one is drawn.
     """
 
     workload: str
-    num_examples: int
+    num_examples: int | None
     recipe: Recipe
     seed: int
     epochs: float | None
@@ -62,12 +65,18 @@ class RunSettings:
     until_target: bool = False
     evaluate_every: int | None = None
     workers: int = 0
+    examples: int | None = None
+    shuffle_buffer: int = 0
 
     @property
-    def horizon(self) -> Horizon:
-        """The length of the run."""
-        examples = None if self.epochs is None else self.epochs * self.num_examples
-        return Horizon(steps=self.steps, examples=examples)
+    def horizon(self) -> Horizon | None:
+        """The length of the run; None of one that ends where its stream does."""
+        if self.num_examples is not None:
+            examples = None if self.epochs is None else self.epochs * self.num_examples
+            return Horizon(steps=self.steps, examples=examples)
+        if self.steps is None and self.examples is None:
+            return None
+        return Horizon(steps=self.steps, examples=self.examples)
 
 
 _SETTINGS = TypeAdapter(RunSettings)
@@ -130,6 +139,34 @@ def _read_settings(state: Any, path: Path) -> RunSettings:
         ) from error
 
 
+def make_saver(
+    run_directory: str | Path | None,
+    settings: RunSettings,
+    *,
+    steps_between: int | None,
+    resume: bool,
+) -> Saver | None:
+    """What keeps a run's checkpoints.
+
+    Args:
+        run_directory: Where; None: nowhere.
+        settings: Of the run.
+        steps_between: Updates after which it is saved, or None.
+        resume: Whether it is to go on from there.
+
+    Returns:
+        The saver, or None.
+
+    Raises:
+        UsageError: If something needs a `run_directory` and there is none.
+    """
+    if run_directory is None:
+        if resume or steps_between is not None:
+            raise UsageError("resume and checkpoint_every need a run_directory. Name one.")
+        return None
+    return Saver(run_directory, settings, steps_between=steps_between)
+
+
 class Saver:
     """Writes a run's checkpoints and finds them again.
 
@@ -158,6 +195,7 @@ class Saver:
         self._seconds_between = seconds_between
         self._saved_at = time.perf_counter()
         self._saved_steps = -1
+        self._saved_place: tuple[int, bool] | None = None
 
     def refuse_another_run(self) -> None:
         """A new run must not mix its checkpoints with another's.
@@ -196,7 +234,8 @@ class Saver:
             training: The run.
             course: What is known beside its own state: evaluations so far.
         """
-        if training.steps == self._saved_steps or not training.is_sound():
+        place = _place_of(training)
+        if place == self._saved_place or not training.is_sound():
             return
         state = {
             "settings": _SETTINGS.dump_python(self.settings, mode="json"),
@@ -209,7 +248,8 @@ class Saver:
             self.latest = save_checkpoint(self.folder, state, steps=training.steps)
         else:
             self.latest = self._save_for_all(training.ranks, state, training.steps)
-        self._saved_steps, self._saved_at = training.steps, time.perf_counter()
+        self._saved_steps, self._saved_place = training.steps, place
+        self._saved_at = time.perf_counter()
 
     def _save_for_all(self, ranks: Ranks, state: dict[str, Any], steps: int) -> Path:
         path = save_checkpoint(self.folder, state, steps=steps) if ranks.rank == 0 else None
@@ -239,6 +279,7 @@ class Saver:
         _warn_of_changes(Environment(**loaded.state["environment"]), _environment_of(training))
         restore_training(training, loaded.state["training"])
         self.latest, self._saved_steps = loaded.path, loaded.steps
+        self._saved_place = _place_of(training)
         return loaded.state["course"]
 
     def _load(self, ranks: Ranks | None) -> LoadedCheckpoint | None:
@@ -259,6 +300,11 @@ class Saver:
                 f"{path} is of a run with other settings ({', '.join(differing)} differ). Resume "
                 "with those it was begun with, or name another run directory."
             )
+
+
+def _place_of(training: Training) -> tuple[int, bool]:
+    """Updates done, and whether the end of a pass over a stream was seen after the last."""
+    return training.steps, training.feed is not None and training.feed.between_passes
 
 
 def _environment_of(training: Training) -> Environment:

@@ -24,13 +24,14 @@ def training_state(training: Training) -> dict[str, Any]:
         A tree for `save_checkpoint`. Tensors share the training's memory. Of several ranks, all
         must call this, and what rank 0 gets is to be saved.
     """
-    noise, scaler = training.noise, training.scaler
+    noise, scaler, feed = training.noise, training.scaler, training.feed
     return {
         **_tensors_of(training),
         "scaler": None if scaler is None else scaler.state_dict(),
         "noise": None if noise is None else noise.state_dict(),
         "counters": {name: getattr(training, name) for name in _COUNTERS},
         "interval": list(training.interval),
+        "feed": None if feed is None else feed.state_dict(),
     }
 
 
@@ -66,6 +67,8 @@ def restore_training(training: Training, state: dict[str, Any]) -> None:
     loss_sum, loss_count = state["interval"]
     training.interval = (loss_sum, loss_count)
     training.go_on_from_here()
+    if training.feed is not None:
+        training.feed.load_state_dict(state["feed"])
 
 
 def describe_run(training: Training) -> dict[str, Any]:

@@ -35,10 +35,12 @@ class Feed(Protocol):
     Attributes:
         num_examples: Examples of a pass; infinite until one has ended.
         ended: Whether there will be no further window.
+        between_passes: Whether a pass has ended and the next has not begun.
     """
 
     num_examples: float
     ended: bool
+    between_passes: bool
 
     @property
     def taken(self) -> int:
@@ -47,6 +49,14 @@ class Feed(Protocol):
 
     def windows_for(self, training: Training) -> Iterator[tuple[Window, list[Any]]]:
         """Windows with their micro-batches. It may stop, and go on when more has arrived."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, as plain values and tensors."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a saved one; `windows_for` was called before."""
         ...
 
 
@@ -66,6 +76,7 @@ class Arrivals:
         num_examples: Set by who knows it.
         taken: Examples that were given to updates or left out.
         ended: Set by who knows it.
+        between_passes: Never, of examples that come by hand.
         waiting: Examples of the window that is not yet full.
 
     Raises:
@@ -77,6 +88,7 @@ class Arrivals:
         self.num_examples = math.inf
         self.taken = 0
         self.ended = False
+        self.between_passes = False
         self.waiting: list[Any] = []
         self._before = before
         self._source: Iterator[Any] = iter(())
@@ -97,6 +109,22 @@ class Arrivals:
         self._collate = collate_of(training.workload)
         self._dtype = dtype_of(training.model)
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream, and the examples that wait.
+
+        Returns:
+            Plain values and tensors, where the examples are.
+        """
+        return {"taken": self.taken, "waiting": self.waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where a saved one was.
+
+        Args:
+            state: What `state_dict` gave.
+        """
+        self.taken, self.waiting = state["taken"], state["waiting"]
 
     def read_from(self, source: Iterator[Any]) -> None:
         """Takes the next examples from here.

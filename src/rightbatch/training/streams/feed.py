@@ -1,24 +1,30 @@
-"""Where the windows of a stream come from: passes over an iterable, shuffled as far as a buffer."""
+"""Where the windows of a stream come from: passes over an iterable, and the way back into one.
+
+A place in a stream is a pass and a count of its examples. To go there again, a stream that knows
+its own place (`Stateful`) is asked to; any other is read again from the start of the pass, with the
+random states from then, and what the run had taken is passed over. So is one behind a buffer that
+shuffles: what was in the buffer comes from all over the pass.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, cast
-
-from torch.utils.data import DataLoader, IterableDataset
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from rightbatch.errors import RightbatchError, WorkloadError
 from rightbatch.recipe import Recipe
 from rightbatch.training.data.windows import Window
 from rightbatch.training.loop import Training
-from rightbatch.training.random_state import OwnRandomState
+from rightbatch.training.random_state import OwnRandomState, global_draws, set_global_draws
 from rightbatch.training.rates import Horizon
 from rightbatch.training.streams.arrivals import Arrivals
-from rightbatch.training.streams.batches import rows_of
+from rightbatch.training.streams.fingerprint import Fingerprint
+from rightbatch.training.streams.source import Stateful, begin_at, shuffled, source_of
 from rightbatch.workload import Workload
-from rightbatch.workload.data import is_stream
 
 DRAWS = 0x57EA
 """Sets the stream's draws apart from those of the initial weights and of dropout."""
@@ -42,6 +48,7 @@ class StreamFeed:
         num_examples: Examples of the first pass; infinite until it has ended.
         read: Examples read from the iterable, over all passes.
         ended: Whether there will be no further window.
+        between_passes: Whether a pass has ended and the next has not begun.
 
     Raises:
         WorkloadError: If the data can be read once and more is asked.
@@ -60,22 +67,27 @@ class StreamFeed:
         self.num_examples = math.inf
         self.read = 0
         self.ended = False
+        self.between_passes = False
         self._arrivals = Arrivals(recipe)
         self._open = source_of(workload)
+        self._kind = type(workload.train_data).__name__
         self._once = isinstance(workload.train_data, Iterator)
         if self._once and passes != 1:
             raise WorkloadError(
-                f"The data are a {type(workload.train_data).__name__}, which can be read only "
-                "once. Pass an object whose __iter__ starts again, or passes=1."
+                f"The data are a {self._kind}, which can be read only once. Pass an "
+                "object whose __iter__ starts again, or passes=1."
             )
-        self._left = math.inf if passes is None else passes
+        self._passes = math.inf if passes is None else passes
         self._horizon = horizon
         self._limit = None if horizon is None else horizon.examples
         self._buffer = shuffle_buffer
         self._seed = seed
         self._random = OwnRandomState(seed + DRAWS, "cpu")
         self._pass = 0
-        self._reading = False
+        self._start: dict[str, Any] | None = None
+        self._stateful: Stateful | None = None
+        self._fingerprint = Fingerprint()
+        self._exhausted = False
 
     @property
     def taken(self) -> int:
@@ -100,7 +112,7 @@ class StreamFeed:
     def __next__(self) -> tuple[Window, list[Any]]:
         if self.ended:
             raise StopIteration
-        if not self._reading:
+        if self._start is None:
             self._begin_pass()
         found = self._next_window()
         if found is not None:
@@ -117,35 +129,60 @@ class StreamFeed:
             self._arrivals.fill()
         return next(self._arrivals, None)
 
+    # ------------------------------------------------------------------------------- passes
+
     def _begin_pass(self) -> None:
-        if self._left == 0:
+        if self._pass == self._passes:
             self._refuse_early_end()
-        self._left -= 1
-        examples = self._examples()
-        if self._buffer:
-            examples = shuffled(examples, self._buffer, seed=self._seed, epoch=self._pass)
-        self._arrivals.read_from(examples)
+        self._start = {"read": self.read, "taken": self.taken, **self._draws()}
         self._pass += 1
-        self._reading = True
+        self.between_passes = False
+        self._arrivals.read_from(self._examples())
+
+    def _examples(self, place: dict[str, Any] | None = None) -> Iterator[Any]:
+        """The examples of a pass as they are to be taken, from a stateful stream's place on."""
+        with self._random.swapped_in(), self._explaining():
+            iterator, self._stateful = begin_at(place, self._open())
+        examples = self._read_pass(iterator)
+        if not self._buffer:
+            return examples
+        return shuffled(examples, self._buffer, seed=self._seed, epoch=self._pass - 1)
 
     def _end_pass(self) -> None:
-        self._reading = False
+        assert self._start is not None
+        before = self._start["read"]
+        if self.read == before:
+            raise WorkloadError(
+                f"Pass {self._pass} over the stream gave no example, after {before:,} before it. "
+                "Pass an object whose __iter__ starts again and yields at least one."
+            )
+        self._start = None
+        self.between_passes = True
         if self._limit is not None and self.read >= self._limit:
             self.ended = True
         elif math.isinf(self.num_examples):
             self.num_examples = self.read
-        if self._left == 0 and self._horizon is None:
+        if self._pass == self._passes and self._horizon is None:
             self.ended = True
 
-    def _examples(self) -> Iterator[Any]:
-        """The examples of one pass, up to the limit; what the iterable raises is explained."""
-        before = self.read
-        try:
-            for example in self._open():
+    def _read_pass(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """The examples of a pass, up to the limit."""
+        self._fingerprint, before = Fingerprint(), self.read
+        self._exhausted = False
+        with self._explaining():
+            for example in iterator:
+                self._fingerprint.see(self.read - before, example)
                 self.read += 1
                 yield example
                 if self._limit is not None and self.read >= self._limit:
-                    return
+                    break
+        self._exhausted = True
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """What the iterable raises is told with its place."""
+        try:
+            yield
         except RightbatchError:
             raise
         except Exception as error:
@@ -153,11 +190,6 @@ class StreamFeed:
                 f"The stream raised {type(error).__name__} at example {self.read + 1:,}: {error}. "
                 "Mend it there, or leave that example out in its __iter__."
             ) from error
-        if self.read == before:
-            raise WorkloadError(
-                f"Pass {self._pass} over the stream gave no example, after {before:,} before it. "
-                "Pass an object whose __iter__ starts again and yields at least one."
-            )
 
     def _refuse_early_end(self) -> None:
         assert self._horizon is not None  # else it ended with its last pass
@@ -168,52 +200,92 @@ class StreamFeed:
             "for. Ask for fewer, or give passes=None, which begins it again."
         )
 
+    # ------------------------------------------------------------------------- going on
 
-def source_of(workload: Workload) -> Callable[[], Iterable[Any]]:
-    """What begins a pass over a workload's training data, example by example.
+    def _draws(self) -> dict[str, Any]:
+        """The random states that the stream draws from next."""
+        return {"torch": self._random.states, **global_draws()}
 
-    Args:
-        workload: Its `train_data` in any form; a stream is not read here.
+    def _set_draws(self, states: dict[str, Any]) -> None:
+        self._random.states = states["torch"]
+        set_global_draws(states)
 
-    Returns:
-        A function that gives an iterable of single examples.
-    """
-    data = workload.train_data
-    if isinstance(data, DataLoader) and data.batch_sampler is not None:
-        dataset = cast("Any", data).dataset
-        data = dataset if isinstance(dataset, IterableDataset) else data
-    if is_stream(data) and not isinstance(data, DataLoader):
-        return lambda: data
-    examples = workload.train_examples
-    return lambda: rows_of(examples)
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the stream.
 
+        Returns:
+            Plain values and tensors: which pass, how it began, how much of it was taken, and a hash
+            of a few of its examples; or the place as the stream itself gives it.
+        """
+        place = None
+        if self._start is not None and self._stateful is not None and not self._buffer:
+            place = self._stateful.state_dict()
+        return {
+            "pass": self._pass,
+            "read": self.read,
+            "num_examples": None if math.isinf(self.num_examples) else self.num_examples,
+            "ended": self.ended,
+            "between_passes": self.between_passes,
+            "arrivals": self._arrivals.state_dict(),
+            "start": self._start,
+            "exhausted": self._exhausted,
+            "fingerprint": self._fingerprint.digest,
+            "place": place,
+            "draws": self._draws(),
+        }
 
-def shuffled(examples: Iterable[Any], size: int, *, seed: int, epoch: int) -> Iterator[Any]:
-    """Examples in an order shuffled as far as a buffer reaches.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the place of a saved one.
 
-    The next example is drawn from `size` of them, and the stream's next takes its place. One
-    cannot come more than `size` − 1 places early; how late is a matter of chance.
+        Args:
+            state: What `state_dict` gave.
 
-    Args:
-        examples: The stream.
-        size: Examples held. A buffer of the whole stream gives a uniform shuffle.
-        seed: Of the run.
-        epoch: The pass: each has another order.
+        Raises:
+            WorkloadError: If the pass cannot be read again.
+        """
+        self._pass, self._start = state["pass"], state["start"]
+        self.num_examples = math.inf if state["num_examples"] is None else state["num_examples"]
+        self.ended, self.between_passes = state["ended"], state["between_passes"]
+        self._arrivals.load_state_dict(state["arrivals"])
+        if state["exhausted"] and not self._buffer:
+            self._exhausted = True
+            self._arrivals.read_from(iter(()))
+        elif self._start is not None and state["place"] is not None:
+            self.read = state["read"]
+            self._arrivals.read_from(self._examples(state["place"]))
+        elif self._start is not None:
+            self._read_again(self._start, state)
+        self.read = state["read"]
+        self._set_draws(state["draws"])
 
-    Yields:
-        Every example once.
-    """
-    # Of a version of its own: `random()` of a seeded Random is the same everywhere.
-    draw = random.Random(f"{seed} {epoch}").random
-    held: list[Any] = []
-    for example in examples:
-        if len(held) < size:
-            held.append(example)
-            continue
-        place = int(draw() * size)
-        yield held[place]
-        held[place] = example
-    while held:
-        place = int(draw() * len(held))
-        held[place], held[-1] = held[-1], held[place]
-        yield held.pop()
+    def _read_again(self, start: dict[str, Any], state: dict[str, Any]) -> None:
+        """Reads the pass from its start to the place."""
+        self._set_draws(start)
+        self.read, wanted = start["read"], self.taken - start["taken"]
+        examples = self._examples()
+        with self._random.swapped_in():
+            found = sum(1 for _ in itertools.islice(examples, wanted))
+        if found < wanted:
+            raise WorkloadError(
+                f"The run cannot go on: it had taken {wanted:,} examples of pass {self._pass} over "
+                f"the stream, which now gives {found:,}. Give a stream that begins anew with the "
+                "same examples."
+            )
+        if self._fingerprint.digest != state["fingerprint"]:
+            self._tell_of_others(wanted)
+        self._arrivals.read_from(examples)
+
+    def _tell_of_others(self, wanted: int) -> None:
+        """The examples that are passed over are not those that were learned from."""
+        which = f"the first {wanted:,} examples of pass {self._pass} over the stream"
+        if self._once:
+            raise WorkloadError(
+                f"The run cannot go on: {which} are not those it has learned from, and the data "
+                f"are a {self._kind}, which is then not at its beginning. Give a new one."
+            )
+        warnings.warn(
+            f"The stream has changed: {which} are not those the run has learned from. It goes on "
+            "behind them, but not to the weights it would have had. For those, give a stream whose "
+            "__iter__ gives the same examples again.",
+            stacklevel=2,
+        )

@@ -40,7 +40,7 @@ from rightbatch.training.streams.running_mean import RunningMean
 from rightbatch.workload import Workload, open_examples
 from rightbatch.workload.data import TensorExamples
 
-FORM = "rightbatch.online/1"
+FORM = "rightbatch.online/2"
 """Marks the checkpoints of learners."""
 
 
@@ -289,7 +289,7 @@ class OnlineLearner:
         Returns:
             The file.
         """
-        training, arrivals = self._training, self._arrivals
+        training = self._training
         state = {
             "form": FORM,
             "run": describe_run(training),
@@ -297,8 +297,6 @@ class OnlineLearner:
             "prequential": self._prequential,
             "half_life": self._loss.half_life,
             "training": training_state(training),
-            "taken": arrivals.taken,
-            "waiting": arrivals.waiting,
             "loss": self._loss.sums,
             "metric": self._metric.sums,
             "unnoted": self._unnoted,
@@ -351,7 +349,5 @@ class OnlineLearner:
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore_training(self._training, state["training"])
-        self._arrivals.taken = state["taken"]
-        self._arrivals.waiting = state["waiting"]
         self._loss.sums, self._metric.sums = state["loss"], state["metric"]
         self._unnoted = state["unnoted"]

@@ -7,13 +7,14 @@ through in its own order, or through a buffer that shuffles as far as it reaches
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rightbatch.errors import UsageError
 from rightbatch.recipe import Recipe
+from rightbatch.training.checkpoints.saving import RunSettings, make_saver
 from rightbatch.training.loop import Training
 from rightbatch.training.random_state import drawing_from
-from rightbatch.training.rates import Horizon
 from rightbatch.training.run import Run, run_to_end
 from rightbatch.training.streams.feed import DRAWS, StreamFeed
 from rightbatch.training.watching.callbacks import Callback
@@ -33,11 +34,20 @@ def train_stream(
     until_target: bool = False,
     evaluate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
+    run_directory: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
 ) -> Run:
     """Trains on an iterable as it comes, in memory for one update.
 
     Without `steps` and `examples` the run ends where the passes do. A schedule over the whole run,
     such as `cosine`, needs one of the two.
+
+    With a `run_directory` the run is saved as one of `train` is, and one that is resumed gives the
+    same bits as one that was never stopped. A stream with `state_dict` and `load_state_dict` is
+    asked for its place and sent there. Any other is read again from the start of the pass it was
+    in, with the random states from then; so it must give the same examples in each process. A run
+    whose stream does not give as many is refused, and one whose stream gives others is warned of.
 
     Args:
         workload: Its `train_data` are an iterable of examples (a generator, an IterableDataset or
@@ -55,18 +65,37 @@ def train_stream(
         until_target: Stop at the first evaluation that meets the workload's target.
         evaluate_every: Updates between evaluations; there is one at the end of each pass too.
         callbacks: What watches the run.
+        run_directory: Where checkpoints are kept; None: nowhere.
+        checkpoint_every: Updates between checkpoints, beside one a minute.
+        resume: Go on from the newest checkpoint in `run_directory`, or begin where there is none.
 
     Returns:
         The finished run. Its `epochs` are 0 when it ended inside the first pass, whose length is
         not known; after that they are counted in the first pass's examples.
 
     Raises:
-        UsageError: If an argument is out of range or two lengths are given.
+        UsageError: If an argument is out of range, two lengths are given, or `run_directory` holds
+            another run.
+        WorkloadError: If the stream cannot be read again to where the run was.
+        CorruptStateError: If no checkpoint of the run to resume can be used.
     """
     _check_lengths(steps, examples, passes, shuffle_buffer)
-    horizon = None
-    if steps is not None or examples is not None:
-        horizon = Horizon(steps=steps, examples=examples)
+    settings = RunSettings(
+        workload=workload.name,
+        num_examples=None,
+        recipe=recipe,
+        seed=seed,
+        epochs=passes,
+        steps=steps,
+        examples=examples,
+        until_target=until_target,
+        evaluate_every=evaluate_every,
+        shuffle_buffer=shuffle_buffer,
+    )
+    saver = make_saver(run_directory, settings, steps_between=checkpoint_every, resume=resume)
+    if saver is not None and not resume:
+        saver.refuse_another_run()
+    horizon = settings.horizon
     feed = StreamFeed(
         workload, recipe, passes=passes, horizon=horizon, shuffle_buffer=shuffle_buffer, seed=seed
     )
@@ -80,7 +109,13 @@ def train_stream(
             callbacks=callbacks,
             feed=feed,
         )
-        return run_to_end(training, until_target=until_target, evaluate_every=evaluate_every)
+        return run_to_end(
+            training,
+            until_target=until_target,
+            evaluate_every=evaluate_every,
+            saver=saver,
+            resume=resume,
+        )
 
 
 def train_epochs(
