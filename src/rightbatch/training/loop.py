@@ -113,8 +113,11 @@ class Training:
         self.feed = feed
         self.ranks = ranks
         self.replica: Replica | None = None
-        # Shards know the norm of a gradient only together, so that all ranks measure it.
         self._watched = any(reads_norms(callback) for callback in callbacks)
+        if ranks is not None:
+            # Shards know the norm of a gradient only together, so that all ranks measure it, also
+            # those that were given no callback.
+            self._watched = ranks.total([float(self._watched)])[0] > 0
         self._on_step = [c.on_step for c in self.callbacks if watches_steps(c)]
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from rightbatch.errors import RecipeError, ReplicaOutOfMemoryError
 from rightbatch.training import Training, window_noise
 from rightbatch.training.checkpoints import saving
 from rightbatch.training.ranks.distributed import join_ranks
+from rightbatch.training.sinks import Sink, TensorBoardSink
 from rightbatch.training.watching.callbacks import Callback, Point
 from rightbatch.training.window_noise import PAUSE
 
@@ -905,6 +908,98 @@ def test_a_folder_of_another_run_is_refused_by_all(pair: Pair, tmp_path: Path) -
     kind, message = pair.both_raise(call)
     assert kind == "UsageError"
     assert "already holds checkpoints" in message
+
+
+# ------------------------------------------------------------------------------------------- sinks
+
+
+class FileSink(Sink):
+    """Writes to a file of its rank, as long as it is well."""
+
+    name, package, extra = "file", "torch", "file"
+
+    def __init__(self, folder: Path, ill: str = "", **thinning: Any) -> None:
+        super().__init__(every=1, patience_seconds=0.3, **thinning)
+        self.folder, self.ill = folder, ill
+
+    def open_writer(self, settings: Any) -> Any:
+        self.fall_ill("open")
+        self.path = self.folder / f"rank-{rank_here()}.jsonl"
+        self.path.touch()
+        return self
+
+    def fall_ill(self, where: str) -> None:
+        if self.ill == where:
+            raise OSError("the disk is gone")
+        if self.ill == f"hang in {where}":
+            time.sleep(20)
+
+    def write(self, values: Any, step: int) -> None:
+        self.fall_ill("write")
+        with self.path.open("a") as file:
+            file.write(json.dumps([step, values]) + "\n")
+
+
+def sunk(sharding: Any, make_sink: Callable[[], list[Callback]]) -> tuple[Tensor, int, Any]:
+    """A run with a sink, on this rank."""
+    recipe = two(9, replica_batches=(6, 3), sharding=sharding)
+    run = train(shardable(), recipe, epochs=3, seed=3, callbacks=make_sink(), preflight=False)
+    points = [(p.step, p.train_loss, p.val_loss) for p in run.history]
+    return weights(run.model), run.steps, points
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+@pytest.mark.parametrize("ill", ["", "open", "write", "hang in open", "hang in write"])
+def test_a_sink_is_rank_0s_and_stops_nobody(
+    pair: Pair, sharding: Any, ill: str, tmp_path: Path
+) -> None:
+    plain = pair.both(lambda: sunk(sharding, list))
+    start = time.monotonic()
+    answers = pair.both(lambda: sunk(sharding, lambda: [FileSink(tmp_path, ill)]))
+    assert time.monotonic() - start < 15
+    for answer, wanted in zip(answers, plain, strict=True):
+        assert torch.equal(answer[0], wanted[0])
+        assert answer[1:] == wanted[1:]
+    files = {file.name: file.read_text().splitlines() for file in tmp_path.iterdir()}
+    assert set(files) <= {"rank-0.jsonl"}
+    if not ill:
+        records = [json.loads(line) for line in files["rank-0.jsonl"]]
+        steps = [step for step, values in records if "train/loss" in values]
+        assert steps == list(range(1, plain[0][1] + 1))
+        norms = [values["train/gradient_norm"] for _, values in records if "train/loss" in values]
+        assert all(norm > 0 for norm in norms)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "fsdp"])
+def test_a_sink_that_only_rank_0_was_given(pair: Pair, sharding: Any, tmp_path: Path) -> None:
+    """As programs do that ask for their rank themselves."""
+
+    def here() -> list[Callback]:
+        return [FileSink(tmp_path)] if rank_here() == 0 else []
+
+    plain = pair.both(lambda: sunk(sharding, list))
+    answers = pair.both(lambda: sunk(sharding, here))
+    for answer, wanted in zip(answers, plain, strict=True):
+        assert torch.equal(answer[0], wanted[0])
+    assert len((tmp_path / "rank-0.jsonl").read_text().splitlines()) > plain[0][1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_on_two_ranks(pair: Pair, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError
+    )
+
+    def sinks() -> list[Callback]:
+        warnings.simplefilter("ignore")  # TensorBoard's own
+        return [TensorBoardSink(tmp_path, every=1)]
+
+    first, second = pair.both(lambda: sunk("replicated", sinks))
+    assert torch.equal(first[0], second[0])
+    assert len(list(tmp_path.iterdir())) == 1
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == list(range(1, first[1] + 1))
 
 
 # --------------------------------------------------------------------------------------- torchrun
