@@ -35,21 +35,11 @@ from rightbatch.training.ranks.distributed import Ranks
 from rightbatch.training.ranks.noise import RankDraw
 from rightbatch.training.ranks.replica import Replica, first_evaluation, make_replica
 from rightbatch.training.rates import Horizon, Rates, group_settings
-from rightbatch.training.step import StepResult, optimizer_step
+from rightbatch.training.step import optimizer_step
 from rightbatch.training.streams.arrivals import Feed
-from rightbatch.training.watching.callbacks import (
-    Callback,
-    Point,
-    StepRecords,
-    reads_norms,
-    watches_steps,
-)
-from rightbatch.training.watching.norms import (
-    Measured,
-    norms_of_kept,
-    norms_of_parts,
-    parameters_to_keep,
-)
+from rightbatch.training.watching.callbacks import Callback, Point, reads_norms
+from rightbatch.training.watching.norms import parameters_to_keep
+from rightbatch.training.watching.telling import Telling
 from rightbatch.training.window_noise import WindowNoise
 from rightbatch.workload import Workload
 
@@ -57,8 +47,6 @@ EXPLOSION = 1e4
 """A loss this many times the first one counts as diverged, though still finite."""
 SETTLING = 100
 """Updates of a stream whose largest loss stands for the first: one example's may be nearly 0."""
-_RECORDS, _RECORDS_SECONDS = 64, 0.1
-"""Updates whose records are read together; fewer of them where they take longer than this."""
 
 
 class Training:
@@ -118,7 +106,6 @@ class Training:
             # Shards know the norm of a gradient only together, so that all ranks measure it, also
             # those that were given no callback.
             self._watched = ranks.total([float(self._watched)])[0] > 0
-        self._on_step = [c.on_step for c in self.callbacks if watches_steps(c)]
         with torch.inference_mode(False):
             self.model, self._forward_model = make_model(workload, recipe, seed, device)
             # A feed finds it out from its first example.
@@ -150,12 +137,12 @@ class Training:
         self.noise = self._make_noise()
         self._patience = losses_read_together(self.device)
         self._unread: list[Tensor | None] = []
-        self._losses: list[float | None] = []
-        self._unrecorded: list[tuple[int, int, int, int, float, float, Any]] = []
-        self._unrecorded_seconds = 0.0
         alone = self.replica is None and self.recipe.clip_norm is None and self.scaler is None
         keep = self._watched and alone
         self._measured_later = parameters_to_keep(self.optimizer, self.device) if keep else []
+        self._telling = Telling(
+            self.callbacks, kept=self._measured_later, read_at_once=self._patience == 1
+        )
         self._reload()
 
     def _make_noise(self) -> WindowNoise | None:
@@ -241,7 +228,7 @@ class Training:
             )
         copied = copy.copy(self)
         copied.recipe = recipe
-        copied.callbacks, copied._on_step, copied._watched = (), [], False
+        copied.callbacks, copied._watched = (), False
         with torch.inference_mode(False):
             copied.model, copied._forward_model = make_model(
                 self.workload, recipe, self.seed, self.device, like=self.model
@@ -413,8 +400,8 @@ class Training:
                 self._reload()
         now = time.perf_counter()
         self.seconds += now - start
-        if self.callbacks:
-            self._watch(window, result, now - start)
+        if self.callbacks and self._telling.note(self, window.size, result, now - start):
+            self._tell_records()
         return now
 
     def _gain(self, window: Window) -> float:
@@ -436,7 +423,7 @@ class Training:
         unread, self._unread = self._unread, []
         for loss in _values(unread):
             if self.callbacks:
-                self._losses.append(loss)
+                self._telling.losses.append(loss)
             if loss is None:
                 continue
             if self.first_loss is None:
@@ -449,36 +436,11 @@ class Training:
             if not abs(loss) <= EXPLOSION * max(abs(self.first_loss), 1e-8):
                 self.diverged = True
 
-    def _watch(self, window: Window, result: StepResult, seconds: float) -> None:
-        for on_step in self._on_step:
-            on_step(self)
-        measured: Measured | list[Tensor | None] = result.gradients
-        if result.gradient_norms is not None:
-            measured = result.gradient_norms
-            if self._patience == 1:  # many small tensors are dear to keep
-                measured = math.hypot(*[norm.item() for norm in measured])
-        rate = self.optimizer.param_groups[0]["lr"]
-        self._unrecorded.append(
-            (self.steps, self.consumed, self.examples, window.size, rate, seconds, measured)
-        )
-        self._unrecorded_seconds += seconds
-        if len(self._unrecorded) >= _RECORDS or self._unrecorded_seconds >= _RECORDS_SECONDS:
-            self._tell_records()
-
     def _tell_records(self) -> None:
         """Gives the callbacks what the last updates were."""
-        if not self._unrecorded:
-            return
-        self._read_losses()
-        unrecorded, self._unrecorded, self._unrecorded_seconds = self._unrecorded, [], 0.0
-        losses, self._losses = self._losses, []
-        steps, consumed, examples, sizes, rates, seconds, measured = zip(*unrecorded, strict=True)
-        epochs = [place / self._num_examples for place in consumed]
-        values = [math.nan if loss is None else loss for loss in losses]
-        norms = (norms_of_kept if self._measured_later else norms_of_parts)(measured)
-        records = StepRecords((steps, epochs, examples, sizes, rates, values, norms, seconds))
-        for callback in self.callbacks:
-            callback.on_records(self, records)
+        if self._telling.waiting:
+            self._read_losses()
+            self._telling.tell(self, self._num_examples)
 
     def whole_model(self) -> nn.Module:
         """The model with all its weights; of several ranks, to be called on all."""

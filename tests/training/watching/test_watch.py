@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from rightbatch import Recipe, Workload, accuracy, train
 from rightbatch.errors import UsageError
-from rightbatch.training import Callback, StepRecord, StepRecords, Training, Watch, loop
+from rightbatch.training import Callback, StepRecord, StepRecords, Training, Watch
+from rightbatch.training.watching import telling
 from rightbatch.training.watching.norms import LARGEST_KEPT, norms_of_kept, parameters_to_keep
 from rightbatch.training.watching.watched_weight import find_weight
 
@@ -444,7 +445,7 @@ def test_without_a_reader_no_norm_is_measured() -> None:
 def test_records_are_told_together_but_not_late(
     at_most: float, told: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_RECORDS_SECONDS", at_most)
+    monkeypatch.setattr(telling, "_BLOCK_SECONDS", at_most)
     counted: list[int] = []
 
     class Count(Callback):
@@ -456,7 +457,7 @@ def test_records_are_told_together_but_not_late(
 
 
 def test_records_are_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_RECORDS_SECONDS", math.inf)
+    monkeypatch.setattr(telling, "_BLOCK_SECONDS", math.inf)
     taken: list[StepRecords] = []
 
     class Take(Callback):
