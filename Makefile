@@ -41,9 +41,10 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew when what is installed changes; an unfinished environment has no stamp.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt oracles.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rightbatch needs Python 3.11 or newer; call: make PYTHON=python3.11")'
 	rm -f $@
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement oracles.txt
 	touch $@

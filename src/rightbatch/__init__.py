@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rightbatch.probes.learning_rate import find_learning_rate as find_learning_rate
     from rightbatch.probes.memory import measure_memory as measure_memory
     from rightbatch.probes.noise import measure_noise_scale as measure_noise_scale
+    from rightbatch.probes.sharpness import measure_sharpness as measure_sharpness
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.study.study import Study as Study
@@ -46,6 +47,7 @@ _HOME = {
     "load_workload": "rightbatch.catalog",
     "measure_memory": "rightbatch.probes.memory",
     "measure_noise_scale": "rightbatch.probes.noise",
+    "measure_sharpness": "rightbatch.probes.sharpness",
     "find_learning_rate": "rightbatch.probes.learning_rate",
     "measure_throughput": "rightbatch.probes.throughput",
     "make_plan": "rightbatch.plan",
@@ -73,6 +75,7 @@ __all__ = [
     "make_plan",
     "measure_memory",
     "measure_noise_scale",
+    "measure_sharpness",
     "measure_throughput",
     "probe",
     "run_study",
