@@ -50,6 +50,7 @@ def test_the_commands_are_understood(
         ("run_plan", "replay"),
         ("run_train", "run"),
         ("run_probe", "run"),
+        ("run_sharpness", "run"),
         ("run_study", "run"),
     ):
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rightbatch.probes.sharpness import measure_sharpness as measure_sharpness
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.study.sharpness import compare_sharpness as compare_sharpness
     from rightbatch.study.study import Study as Study
     from rightbatch.study.study import run_study as run_study
     from rightbatch.training import OnlineLearner as OnlineLearner
@@ -43,6 +44,7 @@ _HOME = {
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
+    "compare_sharpness": "rightbatch.study.sharpness",
     "find_max_micro_batch": "rightbatch.probes.find_max_micro_batch",
     "load_workload": "rightbatch.catalog",
     "measure_memory": "rightbatch.probes.memory",
@@ -69,6 +71,7 @@ __all__ = [
     "Workload",
     "accuracy",
     "check_workload",
+    "compare_sharpness",
     "find_learning_rate",
     "find_max_micro_batch",
     "load_workload",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rightbatch.laws.sharpness import estimate_trace, keskar_box, keskar_sharpness
+from rightbatch.laws.sharpness import (
+    estimate_trace,
+    keskar_box,
+    keskar_sharpness,
+    order_of_pairs,
+)
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 5e-4])
@@ -45,3 +50,41 @@ def test_the_interval_of_the_trace_covers_it(num_known: int) -> None:
         widths.append(found.high - found.low)
     assert 0.91 <= inside / draws <= 0.98
     assert np.median(widths) < (0.4 if num_known else 0.7) * values.sum()
+
+
+# --- pairs over seeds -----------------------------------------------------------------------------
+
+
+def test_pairs_are_told_apart_although_seeds_differ_much() -> None:
+    second = [1.0, 10.0, 100.0, 1000.0]
+    first = [0.52 * second[0], 0.48 * second[1], 0.5 * second[2], 0.5 * second[3]]
+    order, ratio = order_of_pairs(first, second)
+    assert order == "lower" and ratio.n == 4 and ratio.value == pytest.approx(0.5, rel=0.01)
+    assert ratio.low is not None and ratio.high is not None and ratio.low < 0.5 < ratio.high < 0.55
+    assert order_of_pairs(second, first)[0] == "higher"
+
+
+def test_one_pair_or_none_tells_nothing() -> None:
+    assert order_of_pairs([1.0], [5.0])[0] == "not told apart"
+    assert order_of_pairs([1.0, None], [None, 5.0])[1].value is None
+    assert order_of_pairs([], [])[0] == "not told apart"
+
+
+def test_values_that_are_not_positive_are_told_apart_by_differences() -> None:
+    order, ratio = order_of_pairs([-1.0, -1.1, -0.9], [1.0, 1.1, 1.0])
+    assert order == "lower" and not ratio.resolved
+
+
+def test_two_seeds_that_are_far_apart() -> None:
+    order, ratio = order_of_pairs([1e-9, 1e300], [1.0, 1.0])
+    assert order == "not told apart" and ratio.high is None
+
+
+def test_without_a_difference_one_in_twenty_is_told_apart() -> None:
+    rng = np.random.default_rng(8)
+    told = 0
+    for _ in range(400):
+        base = rng.normal(size=5)
+        first, second = np.exp(base + rng.normal(size=(2, 5)))
+        told += order_of_pairs(first.tolist(), second.tolist())[0] != "not told apart"
+    assert 0.02 <= told / 400 <= 0.09

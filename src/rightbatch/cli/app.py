@@ -311,6 +311,63 @@ def probe_learning_rate(
     return _probe("learning-rate", workload, as_json, quiet, **options)
 
 
+@probe_app.command("sharpness")
+def probe_sharpness(
+    workload: WorkloadArgument,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Updates after which to measure, such as 0,64,256. Default: none."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --steps. Default: 32.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="With --steps; with --compare: the same for all.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Train at these batch sizes and compare, such as 10,full.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="With --compare: passes. Default: 20.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="With --compare: trainings of each. Default: 5.")
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="With --compare: the study that tuned the rates."
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Most training examples to measure with.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """How sharp the loss is around the weights, and whether small batches find flatter places."""
+    from rightbatch.cli import run_sharpness
+
+    return run_sharpness.run(
+        Output(as_json=as_json, quiet=quiet),
+        workload,
+        device=device,
+        threads=threads,
+        seed=seed,
+        examples=examples,
+        learning_rate=learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        compare=compare,
+        epochs=epochs,
+        seeds=seeds,
+        study=study,
+    )
+
+
 def _probe(kind: str, workload: str, as_json: bool, quiet: bool, **options: Any) -> int:
     from rightbatch.cli import run_probe
 

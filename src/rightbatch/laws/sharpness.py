@@ -1,16 +1,19 @@
-"""Sharpness from values of a loss: Keskar's φ and the box it searches, and a trace from probes."""
+"""Sharpness from values: Keskar's φ and its box, a trace from probes, and pairs over seeds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rightbatch.laws.estimate import Estimate
+from rightbatch.laws.estimate import Estimate, unresolved
 from rightbatch.laws.seeds import mean_over_seeds
 
 Array = NDArray[np.float64]
+Order = Literal["lower", "higher", "not told apart"]
 
 
 def keskar_sharpness(highest: float, loss: float) -> float | None:
@@ -81,3 +84,49 @@ def estimate_trace(known: float, samples: Sequence[float], method: str) -> Estim
     return Estimate(
         value=plus(rest.value), low=plus(rest.low), high=plus(rest.high), n=rest.n, method=method
     )
+
+
+def order_of_pairs(
+    first: Sequence[float | None], second: Sequence[float | None]
+) -> tuple[Order, Estimate]:
+    """Whether a quantity is lower in the first of two trainings than in the second, over seeds.
+
+    The two of a seed share weights and data order, so differences within seeds are looked at: of
+    the logarithms, as a ratio; of the values themselves where some are not positive.
+
+    Args:
+        first: One per seed; None where there is no value.
+        second: Likewise.
+
+    Returns:
+        The verdict at 95 %, and the ratio first/second over the seeds where both have a value,
+        which has none where a value is not positive.
+
+    Example:
+        >>> order, ratio = order_of_pairs([1.0, 2.0, 3.0], [2.1, 4.0, 5.9])
+        >>> order, round(ratio.value, 2)
+        ('lower', 0.49)
+    """
+    pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    method = "geometric mean of ratios within seeds"
+    if not all(a > 0 and b > 0 for a, b in pairs):
+        difference = mean_over_seeds([a - b for a, b in pairs])
+        return _order(difference), unresolved(len(pairs), "not all values are positive")
+    logs = mean_over_seeds([math.log(a) - math.log(b) for a, b in pairs], method)
+
+    def back(value: float | None) -> float | None:
+        # Two seeds that are far apart have an interval beyond the floats.
+        return None if value is None or value > 700 else math.exp(value)
+
+    ratio = Estimate(
+        value=back(logs.value), low=back(logs.low), high=back(logs.high), n=logs.n, method=method
+    )
+    return _order(logs), ratio
+
+
+def _order(difference: Estimate) -> Order:
+    if difference.high is not None and difference.high < 0:
+        return "lower"
+    if difference.low is not None and difference.low > 0:
+        return "higher"
+    return "not told apart"
