@@ -335,9 +335,7 @@ def probe_sharpness(
     ] = None,
     study: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, file_okay=False, help="With --compare: the study that tuned the rates."
-        ),
+        typer.Option(help="With --compare: folder of the study that tuned the rates."),
     ] = None,
     examples: Annotated[
         int | None, typer.Option(min=1, help="Most training examples to measure with.")
