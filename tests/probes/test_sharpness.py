@@ -244,6 +244,7 @@ def test_tokens_weigh_as_the_workload_counts_them() -> None:
     whole, one_by_one = fixed_loss(workload, 12), fixed_loss(workload, 1)
     v = torch.randn(whole.num_weights, generator=draw(4), dtype=torch.float64)
     torch.testing.assert_close(whole.hessian_product(v), one_by_one.hessian_product(v))
+    torch.testing.assert_close(whole.hessian_product(v), dense_hessian(workload) @ v)
     assert whole.loss() == pytest.approx(one_by_one.loss(), rel=1e-12)
     with pytest.raises(ProbeError, match="counts no term"):
         padding = classes(
