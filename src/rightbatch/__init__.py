@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rightbatch.workload import Workload as Workload
     from rightbatch.workload import accuracy as accuracy
     from rightbatch.workload import check_workload as check_workload
+    from rightbatch.workload import with_examples as with_examples
+    from rightbatch.workload import with_label_noise as with_label_noise
 
 _HOME = {
     "OnlineLearner": "rightbatch.training",
@@ -59,6 +61,8 @@ _HOME = {
     "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
     "train_stream": "rightbatch.training",
+    "with_examples": "rightbatch.workload",
+    "with_label_noise": "rightbatch.workload",
 }
 
 __all__ = [
@@ -86,6 +90,8 @@ __all__ = [
     "split_batch",
     "train",
     "train_stream",
+    "with_examples",
+    "with_label_noise",
 ]
 
 
