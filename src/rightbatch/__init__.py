@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rightbatch.probes.sharpness import measure_sharpness as measure_sharpness
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.study.carry_over import CarryOver as CarryOver
+    from rightbatch.study.carry_over import compare_choices as compare_choices
     from rightbatch.study.sharpness import compare_sharpness as compare_sharpness
     from rightbatch.study.study import Study as Study
     from rightbatch.study.study import run_study as run_study
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from rightbatch.workload import with_label_noise as with_label_noise
 
 _HOME = {
+    "CarryOver": "rightbatch.study.carry_over",
     "OnlineLearner": "rightbatch.training",
     "Plan": "rightbatch.plan",
     "Recipe": "rightbatch.recipe",
@@ -47,6 +50,7 @@ _HOME = {
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
     "compare_sharpness": "rightbatch.study.sharpness",
+    "compare_choices": "rightbatch.study.carry_over",
     "find_max_micro_batch": "rightbatch.probes.find_max_micro_batch",
     "load_workload": "rightbatch.catalog",
     "measure_memory": "rightbatch.probes.memory",
@@ -66,6 +70,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CarryOver",
     "OnlineLearner",
     "Plan",
     "Recipe",
@@ -75,6 +80,7 @@ __all__ = [
     "Workload",
     "accuracy",
     "check_workload",
+    "compare_choices",
     "compare_sharpness",
     "find_learning_rate",
     "find_max_micro_batch",
