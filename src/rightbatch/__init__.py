@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rightbatch.study.sharpness import compare_sharpness as compare_sharpness
     from rightbatch.study.study import Study as Study
     from rightbatch.study.study import run_study as run_study
+    from rightbatch.study.sweep import Sweep as Sweep
+    from rightbatch.study.sweep import run_sweep as run_sweep
     from rightbatch.training import OnlineLearner as OnlineLearner
     from rightbatch.training import Run as Run
     from rightbatch.training import Watch as Watch
@@ -45,6 +47,7 @@ _HOME = {
     "Recipe": "rightbatch.recipe",
     "Run": "rightbatch.training",
     "Study": "rightbatch.study.study",
+    "Sweep": "rightbatch.study.sweep",
     "Watch": "rightbatch.training",
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
@@ -61,6 +64,7 @@ _HOME = {
     "make_plan": "rightbatch.plan",
     "probe": "rightbatch.plan",
     "run_study": "rightbatch.study.study",
+    "run_sweep": "rightbatch.study.sweep",
     "scale_learning_rate": "rightbatch.laws.scaling",
     "split_batch": "rightbatch.laws.split",
     "train": "rightbatch.training",
@@ -76,6 +80,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Study",
+    "Sweep",
     "Watch",
     "Workload",
     "accuracy",
@@ -92,6 +97,7 @@ __all__ = [
     "measure_throughput",
     "probe",
     "run_study",
+    "run_sweep",
     "scale_learning_rate",
     "split_batch",
     "train",

@@ -198,6 +198,15 @@ def study(
     target: Annotated[
         str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
     ] = None,
+    label_noise: Annotated[
+        str | None, typer.Option(help="A study for each share of wrong labels, such as 0,0.2,0.4.")
+    ] = None,
+    dataset_sizes: Annotated[
+        str | None, typer.Option(help="A study for each part of the data, such as 250,500,full.")
+    ] = None,
+    carries_over_to: Annotated[
+        str | None, typer.Option(metavar="WORKLOAD", help="Is the best size best there, too?")
+    ] = None,
     engine: Annotated[
         Literal["auto", "compiled", "loop"], typer.Option(help="What runs the trainings.")
     ] = "auto",
@@ -244,6 +253,9 @@ def study(
         examples=examples,
         seconds=seconds,
         target=target,
+        label_noise=label_noise,
+        dataset_sizes=dataset_sizes,
+        carries_over_to=carries_over_to,
         engine=engine,
         storage=storage,
         name=name,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from rightbatch.cli import run_carry_over, run_sweep
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.render_study import study_text
 from rightbatch.errors import UsageError
 from rightbatch.store import dump_record, make_run_directory
-from rightbatch.study.design import Unit
-from rightbatch.study.study import SCHEMA, Study, read_design, run_study
+from rightbatch.study.design import StudyDesign, Unit
+from rightbatch.study.study import SCHEMA, Storage, Study, read_design, run_study
+from rightbatch.study.sweep import read_sweep_design
 
 
 def run(
@@ -22,6 +24,9 @@ def run(
     resume: Path | None,
     keep: bool,
     threads: int | None = None,
+    label_noise: str | None = None,
+    dataset_sizes: str | None = None,
+    carries_over_to: str | None = None,
     **options: Any,
 ) -> int:
     """Runs a study, or goes on with one, and prints what it found.
@@ -33,6 +38,9 @@ def run(
         resume: Or the folder of a study to go on with.
         keep: Whether anything is kept.
         threads: CPU threads, or None for torch's default.
+        label_noise: Shares of wrong labels, a study of each.
+        dataset_sizes: Or parts of the training set.
+        carries_over_to: Or another workload, to which the choice is carried.
         **options: Passed on to `rightbatch.run_study`.
 
     Returns:
@@ -45,8 +53,24 @@ def run(
         raise UsageError("--no-run keeps nothing. Drop it, or --run, --resume and --storage.")
     if resume is not None and (run or options["storage"]):
         raise UsageError("--resume already says where the study is. Drop --run and --storage.")
+    place = {"folder": resume or run, "keep": keep, "threads": threads}
+    begun = None if resume is None else read_sweep_design(resume)
+    swept = {"label_noise": label_noise, "dataset_sizes": dataset_sizes}
+    asked = [name for name, value in swept.items() if value is not None]
+    if carries_over_to is not None:
+        if asked or resume is not None:
+            other = "--resume" if resume is not None else _option(asked[0])
+            raise UsageError(
+                f"--carries-over-to compares two plain studies. Drop {other}; the same command "
+                "with --run FOLDER goes on where it stopped."
+            )
+        both = (reference, carries_over_to)
+        return run_carry_over.run(output, both, **place, **options)
     if resume is not None:
-        options |= _as_begun(resume, options)
+        _refuse_design({**options, **swept})
+        options |= {} if begun is not None else _as_begun(*read_design(resume))
+    if begun is not None or asked:
+        return run_sweep.run(output, reference, begun=begun, **place, **swept, **options)
     with output.progress(f"Study of {reference}") as report:
         report(f"Checking {reference}")
         workload = open_workload(reference, "cpu", threads)
@@ -63,14 +87,22 @@ def run(
 _DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3}
 
 
-def _as_begun(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options that a study was begun with; others are refused."""
-    design, storage = read_design(folder)
+def _refuse_design(options: dict[str, Any]) -> None:
+    """What is gone on with has the design that it was begun with."""
     asked = ("batch_sizes", "learning_rates", "seeds", "target", *get_args(Unit))
+    asked = (*asked, "label_noise", "dataset_sizes")
     given = [name for name in asked if options[name] != _DEFAULTS.get(name)]
     if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        names = ", ".join(_option(name) for name in given)
         raise UsageError(f"--resume goes on with the design that was begun. Drop {names}.")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_begun(design: StudyDesign, storage: Storage | None) -> dict[str, Any]:
+    """The options that a study was begun with."""
     lengths: dict[str, Any] = dict.fromkeys(get_args(Unit))
     lengths[design.budget.unit] = design.budget.amount
     place = {"storage": storage.url, "name": storage.name} if storage else {}

@@ -37,7 +37,7 @@ def compare_sizes(tables: Sequence[SizeTable], setting: Setting) -> tuple[Compar
     for unit in units:
         if unit == "seconds" and setting.seconds_of is None:
             continue
-        reached = [_farthest(table, unit, setting) for table in tables]
+        reached = [farthest(table, unit, setting) for table in tables]
         if len(reached) < 2 or min(reached) <= 0:
             continue
         amount = min(reached)
@@ -68,7 +68,17 @@ def progress_of(point: EvaluationPoint, batch_size: int, unit: Unit, setting: Se
     return point.examples / (setting.num_examples if unit == "epochs" else 1)
 
 
-def _farthest(table: SizeTable, unit: Unit, setting: Setting) -> float:
+def farthest(table: SizeTable, unit: Unit, setting: Setting) -> float:
+    """How far the trainings of a size came, in a unit.
+
+    Args:
+        table: The trainings.
+        unit: Epochs, steps, examples, or modelled seconds.
+        setting: Gives N and the step time.
+
+    Returns:
+        The progress of the last evaluation; 0 without any.
+    """
     points = [t.points[-1] for rate in table.rates for t in table.trials_at(rate) if t.points]
     return max((progress_of(p, table.batch_size, unit, setting) for p in points), default=0.0)
 
@@ -76,8 +86,8 @@ def _farthest(table: SizeTable, unit: Unit, setting: Setting) -> float:
 def _at(table: SizeTable, unit: Unit, amount: float, setting: Setting) -> EqualCost | None:
     """The best rate of a size at a cost, by the loss there."""
 
-    def values(rate: float, of: _Quantity) -> list[float | None]:
-        return [_value_at(t, unit, amount, setting, of) for t in table.trials_at(rate)]
+    def values(rate: float, of: Quantity) -> list[float | None]:
+        return [value_at(t, unit, amount, setting, of) for t in table.trials_at(rate)]
 
     losses = [values(rate, setting.loss) for rate in table.rates]
     if all(loss is None for row in losses for loss in row):
@@ -95,13 +105,25 @@ def _at(table: SizeTable, unit: Unit, amount: float, setting: Setting) -> EqualC
     )
 
 
-_Quantity = Callable[[EvaluationPoint], float | None]
+Quantity = Callable[[EvaluationPoint], float | None]
+"""A number of an evaluation."""
 
 
-def _value_at(
-    trial: StoredTrial, unit: Unit, amount: float, setting: Setting, of: _Quantity
+def value_at(
+    trial: StoredTrial, unit: Unit, amount: float, setting: Setting, of: Quantity
 ) -> float | None:
-    """A quantity of a training at a cost, interpolated between the evaluations around it."""
+    """A quantity of a training at a cost, interpolated between the evaluations around it.
+
+    Args:
+        trial: The training.
+        unit: Of the cost.
+        amount: How much of it.
+        setting: Gives N and the step time.
+        of: The quantity at an evaluation.
+
+    Returns:
+        The quantity; None where the training did not end well or was not evaluated around it.
+    """
     if trial.state != "complete":
         return None
     size = trial.key.batch_size

@@ -28,7 +28,8 @@ SCHEMA = "rightbatch.study/1"
 DATABASE, STORAGE = "study.db", "storage.json"
 STORAGE_SCHEMA = "rightbatch.storage/1"
 DEFAULT_EPOCHS = 20.0
-_NAME = "study"
+STUDY_NAME = "study"
+"""Of the study in a run directory's own database."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +179,7 @@ def run_study(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     place = storage or ("sqlite://" if folder is None else str(folder / DATABASE))
-    database = StudyDatabase(place, name or (_NAME if storage is None else workload.name))
-    if folder is not None and storage is not None:
-        elsewhere = Storage(url=database.shown, name=database.name)
-        write_record(folder / STORAGE, elsewhere, schema=STORAGE_SCHEMA)
+    database = StudyDatabase(place, name or (STUDY_NAME if storage is None else workload.name))
     try:
         runner = StudyRunner(
             workload,
@@ -194,6 +192,9 @@ def run_study(
             progress=progress or (lambda *_: None),
         )
         again = database.begin(design, runner.task())
+        if folder is not None and storage is not None:
+            elsewhere = Storage(url=database.shown, name=database.name)
+            write_record(folder / STORAGE, elsewhere, schema=STORAGE_SCHEMA)
         database.tell("resumed" if again else "begun", workload.name)
         state: Literal["complete", "stopped"] = "complete"
         try:
@@ -244,7 +245,7 @@ def read_design(run_directory: str | Path) -> tuple[StudyDesign, Storage | None]
         storage = read_record(folder / STORAGE, Storage, schema=STORAGE_SCHEMA)
     elif not (folder / DATABASE).exists():
         raise UsageError(f"There is no study in {str(folder)!r}: it has no {DATABASE}.")
-    url, name = (storage.url, storage.name) if storage else (str(folder / DATABASE), _NAME)
+    url, name = (storage.url, storage.name) if storage else (str(folder / DATABASE), STUDY_NAME)
     database = StudyDatabase(url, name)
     try:
         return database.open()[0], storage
