@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rightbatch.store import read_record
 from rightbatch.study import runner
 from rightbatch.study import study as study_module
 from rightbatch.study.database import StoredTrial
-from rightbatch.study.sweep import SWEEP_SCHEMA, read_sweep_design
+from rightbatch.study.sweep import SWEEP_SCHEMA, make_variant, read_sweep_design
 from rightbatch.study.sweep_findings import LevelTrials, contrast_levels
 from rightbatch.study.trials import EvaluationPoint, TrialKey
 
@@ -210,3 +211,15 @@ def test_verdicts_on_planted_harms_are_true_and_chance_is_not_told_apart(plain: 
 
 def test_one_seed_tells_nothing_apart() -> None:
     assert {c.verdict for c in small(seeds=1).contrasts} == {"not told apart"}
+
+
+def test_levels_are_paired_what_is_wrong_stays_wrong_and_parts_lie_within_each_other(
+    plain: Sweep,
+) -> None:
+    first, second = (make_variant(make(), plain.design, level) for level in (0.25, 0.5))
+    wrong = first.train_data[1] != Y[:80]
+    assert int(wrong.sum()) == 20
+    assert torch.equal(second.train_data[1][wrong], first.train_data[1][wrong])
+    parts = replace(plain.design, kind="dataset_size")
+    few, more = (make_variant(make(), parts, level).train_data[0].tolist() for level in (20, 40))
+    assert len(few) == 20 and all(row in more for row in few)

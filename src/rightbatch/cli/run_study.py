@@ -67,8 +67,9 @@ def run(
         both = (reference, carries_over_to)
         return run_carry_over.run(output, both, **place, **options)
     if resume is not None:
+        design = None if begun is not None else read_design(resume)
         _refuse_design({**options, **swept})
-        options |= {} if begun is not None else _as_begun(*read_design(resume))
+        options |= {} if design is None else _as_begun(*design)
     if begun is not None or asked:
         return run_sweep.run(output, reference, begun=begun, **place, **swept, **options)
     with output.progress(f"Study of {reference}") as report:

@@ -400,7 +400,8 @@ def _check_judge(workload: Workload, design: SweepDesign) -> None:
 
 def _warnings(design: SweepDesign, found: Sequence[LevelTrials], goal: Goal) -> list[str]:
     said: list[str] = []
-    if design.target is not None and goal == "loss":
+    complete = all(x.study.state == "complete" for x in found)
+    if complete and design.target is not None and goal == "loss":
         said.append(
             f"At some level no size met {design.target} on every seed: the best sizes are those of "
             "the least loss at the end."
