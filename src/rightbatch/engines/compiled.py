@@ -18,19 +18,18 @@ from rightbatch.engines.copies import (
     IntArray,
     without_diverged,
 )
+from rightbatch.engines.first_steps import check_first_steps
 from rightbatch.engines.lowering.dtypes import to_numpy, to_torch
-from rightbatch.engines.optimizers import OptimizerPlan, init_state, read_optimizer
+from rightbatch.engines.optimizer_plan import OptimizerPlan, read_optimizer
+from rightbatch.engines.optimizers import init_state
 from rightbatch.engines.program import Carry, Stretch, new_carry
 from rightbatch.engines.trace import named_tensors
 from rightbatch.engines.unsupported import Unsupported
-from rightbatch.recipe import Recipe
-from rightbatch.training import Training, epoch_order
+from rightbatch.training import epoch_order
 from rightbatch.workload import Workload
 
 _MAX_ORDER_BYTES = 64 * 2**20
 _STEPS_PER_CALL = 4096
-_VERIFIED_STEPS = 3
-_TOLERANCE = 1e-3
 
 
 class CompiledCopies:
@@ -75,7 +74,7 @@ class CompiledCopies:
         self._carry = self._initial_carry(workload)
         if not self._program.verified:
             try:
-                self._verify(workload, global_batch)
+                check_first_steps(self, workload, global_batch)
             except (Unsupported, jax.errors.JaxRuntimeError) as error:
                 refusal = Unsupported(str(error))
                 self._compiler.refuse(global_batch, refusal)
@@ -213,37 +212,8 @@ class CompiledCopies:
         metric = sums[2] / evaluator.num_examples if evaluator.has_metric else None
         return sums[0] / sums[1], metric
 
-    def _verify(self, workload: Workload, global_batch: int) -> None:
-        """Compares the first losses with torch's, for the copy with the smallest learning rate.
-
-        Tracing sees one run of the model's Python code. This finds what it cannot see: code that
-        draws from Python's own random numbers, or does something else at every call.
-
-        Raises:
-            Unsupported: If they differ.
-        """
-        copy = int(np.argmin(self.learning_rates))
-        recipe = Recipe(global_batch=global_batch, learning_rate=float(self.learning_rates[copy]))
-        training = Training(workload, recipe, seed=int(self.seeds[copy]))
-        training.advance(_VERIFIED_STEPS)
-        self.advance(_VERIFIED_STEPS)
-        theirs, ours = training.evaluate(), self.evaluate()
-        if training.diverged:
-            return
-        pairs = [("training", theirs.train_loss, ours.train_loss)]
-        if theirs.val_loss is not None and ours.val_loss is not None:
-            pairs.append(("validation", theirs.val_loss, ours.val_loss))
-        for name, their, our in pairs:
-            if not abs(our[copy] - their) <= _TOLERANCE * abs(their) + 1e-6:
-                raise Unsupported(
-                    f"after {_VERIFIED_STEPS} steps its {name} loss is {our[copy]:.6g} and "
-                    f"torch's is {their:.6g}"
-                )
-
 
 def _slots(num_copies: int) -> int:
-    """Room for copies: the next 2ᵏ or 3·2ᵏ, so that few sizes are ever compiled."""
-    size = 1
-    while size < num_copies:
-        size = size * 4 // 3 if size % 3 == 0 else max(2, size * 3 // 2)
-    return size
+    """Room for copies: the next number of three binary digits, so that few sizes are compiled."""
+    unit = 1 << max(0, num_copies.bit_length() - 3)
+    return -(-num_copies // unit) * unit

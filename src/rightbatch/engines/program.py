@@ -21,7 +21,8 @@ from jax import Array, lax
 from rightbatch.engines.device_set import DeviceSet
 from rightbatch.engines.lowering import lower
 from rightbatch.engines.lowering.graph import Lowered
-from rightbatch.engines.optimizers import Group, State, update
+from rightbatch.engines.optimizer_plan import Group
+from rightbatch.engines.optimizers import State, update
 from rightbatch.engines.trace import Layout, trace_training
 from rightbatch.training.loop import EXPLOSION
 from rightbatch.workload import Workload
@@ -53,8 +54,12 @@ class Stretch(NamedTuple):
     last: Any
 
 
-_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False}
+_SMALL_PRODUCT = 2**15
+"""Floating-point operations of a product up to which a library call costs more than it saves."""
+_ONE_THREAD: dict[str, bool | str] = {"xla_cpu_multi_thread_eigen": False}
 """Products as small as these are not worth handing to other threads."""
+_NO_LIBRARY: dict[str, bool | str] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Products become part of the program instead of calls of YNNPACK, of 2 µs each."""
 
 
 class Program:
@@ -102,7 +107,7 @@ class Program:
         """
         if groups not in self._compiled:
             function = functools.partial(self._advance, groups)
-            options = _ONE_THREAD if jax.default_backend() == "cpu" else None
+            options = _compiler_options(self._full.flops_per_product)
             self._compiled[groups] = jax.jit(function, donate_argnums=0, compiler_options=options)
         return self._compiled[groups](carry, stretch, self._leaves)
 
@@ -158,6 +163,25 @@ class Program:
             return lax.cond(end > self.full_steps, rest, lambda c: c, carry)
 
         return lax.fori_loop(0, stretch.num_epochs, epoch_body, carry)
+
+
+def _compiler_options(flops_per_product: float) -> dict[str, bool | str]:
+    """Of those that this backend and version of XLA know, the ones that suit the products."""
+    if jax.default_backend() != "cpu":
+        return {}
+    wanted = [_ONE_THREAD, _NO_LIBRARY] if flops_per_product < _SMALL_PRODUCT else [_ONE_THREAD]
+    return {name: option[name] for option in wanted for name in option if _is_known(name)}
+
+
+@functools.cache
+def _is_known(name: str) -> bool:
+    value = {**_ONE_THREAD, **_NO_LIBRARY}[name]
+    lowered = jax.jit(lambda x: x).lower(jnp.zeros(()))
+    try:
+        lowered.compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError:  # "No such compile option": they come and go
+        return False
+    return True
 
 
 def new_carry(

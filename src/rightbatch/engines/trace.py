@@ -214,12 +214,12 @@ def trace_function(function: Callable[..., Any], *args: Any) -> GraphModule:
         Unsupported: If torch cannot trace it, or it draws random numbers.
     """
     try:
-        with _plain_attention(), torch.random.fork_rng():
+        with plain_attention(), torch.random.fork_rng():
             graph = make_fx(functionalize(function), decomposition_table=_decompositions())(*args)
     except Unsupported:
         raise
     except Exception as error:
-        raise Unsupported(f"the model cannot be traced ({_first_line(error)})") from error
+        raise Unsupported(f"the model cannot be traced ({first_line(error)})") from error
     check_deterministic(graph)
     return graph
 
@@ -237,8 +237,12 @@ def check_deterministic(graph: GraphModule) -> None:
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Attention as matrix products and a softmax instead of one fused operation."""
+def plain_attention() -> Iterator[None]:
+    """Attention as matrix products and a softmax instead of one fused operation.
+
+    Yields:
+        Nothing.
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -256,6 +260,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in known.items() if str(op) not in LOWERINGS}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

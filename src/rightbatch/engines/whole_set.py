@@ -62,8 +62,8 @@ def collate_all(examples: Examples) -> WholeSet:
         total_bytes = count * max(sum(t.nbytes for t in leaves) for leaves, _ in singles)
         if total_bytes > MAX_SET_BYTES:
             raise Unsupported(
-                f"the data take about {total_bytes / 2**20:.0f} MiB and the compiled engine "
-                f"keeps at most {MAX_SET_BYTES // 2**20} MiB on the device"
+                f"the data take about {total_bytes / 2**20:.0f} MiB and an engine "
+                f"puts at most {MAX_SET_BYTES // 2**20} MiB on the device"
             )
         leaves, spec = _flatten(examples.batch(torch.arange(count)))
     for index, (single, single_spec) in zip(compared.tolist(), singles, strict=True):

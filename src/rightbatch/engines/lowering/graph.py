@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
 
 from rightbatch.engines.lowering.dtypes import jax_dtype, to_jax
 from rightbatch.engines.lowering.indexing import INDEXING
@@ -54,6 +55,12 @@ class Lowered:
         return sum(
             t.nbytes for node in self.graph.graph.nodes for t in _expected(node) if t is not None
         )
+
+    @property
+    def flops_per_product(self) -> float:
+        """Mean floating-point operations of a matrix product or convolution; 0 without any."""
+        counts = [c for node in self.graph.graph.nodes if (c := _product_flops(node))]
+        return sum(counts) / max(1, len(counts))
 
     def __call__(self, *trees: Any) -> Any:
         """Runs the graph.
@@ -125,6 +132,14 @@ def _attribute(graph: GraphModule, path: str) -> Tensor:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def _product_flops(node: Node) -> int:
+    count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if count is None:
+        return 0
+    args: Any = map_arg(node.args, lambda n: n.meta.get("val"))
+    return int(count(*args, out_val=node.meta.get("val")))
 
 
 def _run_node(node: Node, values: dict[Node, Any]) -> Any:
