@@ -208,7 +208,8 @@ def study(
         str | None, typer.Option(metavar="WORKLOAD", help="Is the best size best there, too?")
     ] = None,
     engine: Annotated[
-        Literal["auto", "compiled", "loop"], typer.Option(help="What runs the trainings.")
+        Literal["auto", "compiled", "vmapped", "loop"],
+        typer.Option(help="What runs the trainings."),
     ] = "auto",
     run: Annotated[
         Path | None, typer.Option(help="Where it is kept. Default: a new folder in runs/.")

@@ -1,6 +1,6 @@
-"""Ways to run many small trainings fast: compiled (the torch step lowered to JAX), and a loop."""
+"""Ways to run many small trainings: compiled (lowered to JAX), vmapped (stacked), and a loop."""
 
 from rightbatch.engines.copies import Copies, CopiesEvaluation
-from rightbatch.engines.make import make_copies
+from rightbatch.engines.make import Engine, make_copies
 
-__all__ = ["Copies", "CopiesEvaluation", "make_copies"]
+__all__ = ["Copies", "CopiesEvaluation", "Engine", "make_copies"]

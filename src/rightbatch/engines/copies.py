@@ -18,7 +18,7 @@ from torch import Tensor
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
-EngineName = Literal["compiled", "loop"]
+EngineName = Literal["compiled", "vmapped", "loop"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,7 +14,8 @@ from rightbatch.errors import MissingExtraError, UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.workload import Workload
 
-Engine = Literal["auto", "compiled", "loop"]
+Engine = Literal["auto", "compiled", "vmapped", "loop"]
+_ENGINES = ("auto", "compiled", "vmapped", "loop")
 
 
 def make_copies(
@@ -24,6 +25,7 @@ def make_copies(
     learning_rates: Any,
     seeds: Any,
     engine: Engine = "auto",
+    worth_compiling: bool = True,
 ) -> Copies:
     """Makes a group of trainings that are advanced together.
 
@@ -32,16 +34,20 @@ def make_copies(
         global_batch: Examples per update.
         learning_rates: One per copy, shape (copies,).
         seeds: One per copy, shape (copies,): pairs with the learning rates, not a product.
-        engine: `compiled` (all copies in one JAX loop lowered from the torch model), `loop` (one
-            after the other, runs every workload), or `auto`: compiled where it can.
+        engine: `compiled` (all copies in one JAX loop lowered from the torch model), `vmapped`
+            (all copies at once in torch), `loop` (one after the other, runs every workload), or
+            `auto`: the first of them that can, vmapped only where it is expected to be faster than
+            the loop.
+        worth_compiling: Whether there is enough to do that compiling would pay; `auto` leaves the
+            compiled engine out where not.
 
     Returns:
         The copies, at their initial weights; `.engine` and `.reason` say who runs them and why.
 
     Raises:
         MissingExtraError: If `engine="compiled"` and JAX is not installed.
-        UsageError: If the arguments do not fit together, or `engine="compiled"` cannot run this
-            workload; the message names what is missing.
+        UsageError: If the arguments do not fit together, or the engine that was asked for cannot
+            run this workload; the message names what is missing.
 
     Example:
         >>> from rightbatch import catalog
@@ -54,30 +60,64 @@ def make_copies(
         False
     """
     rates, numbers = _checked(global_batch, learning_rates, seeds)
-    if engine not in ("auto", "compiled", "loop"):
-        raise UsageError(f"The engine is {engine!r}. Choose auto, compiled or loop.")
+    if engine not in _ENGINES:
+        raise UsageError(f"The engine is {engine!r}. Choose {', '.join(_ENGINES[:-1])} or loop.")
     arguments = {"global_batch": global_batch, "learning_rates": rates, "seeds": numbers}
     if engine == "loop":
         return LoopCopies(workload, **arguments, reason="The loop was asked for.")
-    if find_spec("jax") is None:
-        if engine == "compiled":
-            raise MissingExtraError("jax", "fast")
-        reason = "JAX is not installed (pip install 'rightbatch[fast]'), so the loop runs."
-        return LoopCopies(workload, **arguments, reason=reason)
+    if engine != "auto":
+        return _as_asked(engine, workload, arguments)
+    return _chosen(workload, arguments, worth_compiling)
+
+
+def _as_asked(
+    engine: Literal["compiled", "vmapped"], workload: Workload, arguments: dict[str, Any]
+) -> Copies:
+    if engine == "compiled" and find_spec("jax") is None:
+        raise MissingExtraError("jax", "fast")
+    make = _compiled if engine == "compiled" else _vmapped
+    try:
+        return make(workload, arguments, f"The {engine} engine was asked for.")
+    except Unsupported as error:
+        raise UsageError(
+            f"The {engine} engine cannot run workload {workload.name!r}: {error}. Use "
+            "engine='loop', or 'auto' to have it chosen."
+        ) from error
+
+
+def _chosen(workload: Workload, arguments: dict[str, Any], worth_compiling: bool) -> Copies:
+    """Compiled, else vmapped, else the loop, with what was missing."""
+    if not worth_compiling:
+        reason = "Trainings so short are done before a compiler would be"
+    elif find_spec("jax") is None:
+        reason = "JAX is not installed (pip install 'rightbatch[fast]')"
+    else:
+        try:
+            found = "Every operation of the training step could be lowered to JAX."
+            return _compiled(workload, arguments, found)
+        except Unsupported as error:
+            reason = f"The compiled engine cannot run this workload: {error}"
+    try:
+        return _vmapped(
+            workload, arguments, f"{reason}; so the copies are mapped.", only_if_faster=True
+        )
+    except Unsupported as error:
+        other = f"; the vmapped engine is not used: {error}; so the loop runs."
+        return LoopCopies(workload, **arguments, reason=reason + other)
+
+
+def _compiled(workload: Workload, arguments: dict[str, Any], reason: str) -> Copies:
     from rightbatch.engines.compiled import CompiledCopies
 
-    asked = "The compiled engine was asked for."
-    found = "Every operation of the training step could be lowered to JAX."
-    try:
-        return CompiledCopies(workload, **arguments, reason=asked if engine != "auto" else found)
-    except Unsupported as error:
-        if engine == "compiled":
-            raise UsageError(
-                f"The compiled engine cannot run workload {workload.name!r}: {error}. Use "
-                "engine='loop', or 'auto' to have it chosen."
-            ) from error
-        reason = f"The compiled engine cannot run this workload: {error}; so the loop runs."
-        return LoopCopies(workload, **arguments, reason=reason)
+    return CompiledCopies(workload, **arguments, reason=reason)
+
+
+def _vmapped(
+    workload: Workload, arguments: dict[str, Any], reason: str, *, only_if_faster: bool = False
+) -> Copies:
+    from rightbatch.engines.vmapped import VmappedCopies
+
+    return VmappedCopies(workload, **arguments, reason=reason, only_if_faster=only_if_faster)
 
 
 def _checked(global_batch: int, learning_rates: Any, seeds: Any) -> tuple[Any, Any]:

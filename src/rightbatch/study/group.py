@@ -8,24 +8,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from rightbatch.engines import CopiesEvaluation, make_copies
+from rightbatch.engines import CopiesEvaluation, Engine, make_copies
 from rightbatch.laws.progress import examples_after, spaced_steps
 from rightbatch.study.trials import EvaluationPoint, TrialKey
 from rightbatch.workload import Workload
 
-Engine = Literal["auto", "compiled", "loop"]
 SPACING = 1.12
 """Evaluations are at most so far apart in updates, where that is more than one."""
 _MOST_BYTES = 2**29
 """Of weights, gradients and optimizer state of all trainings that run together."""
 _MOST_TOGETHER = 128
 _COPIES_OF_WEIGHTS = 4
-_WORTH_COMPILING = 2.5
-"""Seconds of all updates in the training loop; compiling takes one to four."""
+_WORTH_STACKING, _WORTH_COMPILING = 1.0, 8.0
+"""Seconds of all updates in the training loop; the vmapped engine takes 0.3 to 0.5 to begin with
+and is then 3 to 8 times as fast, the compiled one takes one to four and is 10 times and more."""
 _FEWEST_IN_A_THREAD = 8
 """Trainings: fewer gain nothing from being divided further."""
 _FIRST_PIECE, _PIECE_SECONDS = 64, 0.25
@@ -81,7 +80,8 @@ def run_group(
 ) -> tuple[list[Finished], str]:
     """Runs trainings of one batch size to their end.
 
-    The compiled engine uses one core; with several, the trainings are divided among threads.
+    An engine uses one core; with several, the trainings are divided among threads. The loop gains
+    nothing from them.
 
     Args:
         workload: What to train.
@@ -89,7 +89,7 @@ def run_group(
         steps: Updates of each.
         engine: What runs them.
         step_seconds: Of one update in the training loop: few and short ones are not worth
-            compiling.
+            compiling, and very few not worth stacking.
         smallest: Examples that the model needs in one pass.
         threads: How many. Default: the cores that this process may use.
         progress: Told the share of the updates that is done.
@@ -98,18 +98,19 @@ def run_group(
         The trainings in the order of `keys`, and which engine ran them and why.
     """
     seconds = math.inf if step_seconds is None else step_seconds * steps * len(keys)
-    short = engine == "auto" and seconds < _WORTH_COMPILING
+    short = engine == "auto" and seconds < _WORTH_STACKING
     engine = "loop" if short else engine
+    worth = seconds >= _WORTH_COMPILING
     most = count_cores() if threads is None else threads
     count = max(1, min(most, len(keys) // _FEWEST_IN_A_THREAD))
     # Interleaved, so that all take about as long: those that diverge end early.
-    parts = [_Part(workload, keys[::count], steps, engine, smallest)]
-    if count > 1 and parts[0].copies.engine == "compiled":
+    parts = [_Part(workload, keys[::count], steps, engine, smallest, worth)]
+    if count > 1 and parts[0].copies.engine != "loop":
         shares = [keys[i::count] for i in range(1, count)]
-        parts += [_Part(workload, share, steps, engine, smallest) for share in shares]
+        parts += [_Part(workload, share, steps, engine, smallest, worth) for share in shares]
         _run_in_threads(parts, progress)
     else:
-        parts = parts if count == 1 else [_Part(workload, keys, steps, engine, smallest)]
+        parts = parts if count == 1 else [_Part(workload, keys, steps, engine, smallest, worth)]
         parts[0].run(progress)
     found = {finished.key: finished for part in parts for finished in part.finished()}
     copies = parts[0].copies
@@ -136,6 +137,7 @@ class _Part:
         steps: int,
         engine: Engine,
         smallest: int,
+        worth_compiling: bool,
     ) -> None:
         self._keys, self._steps, self._smallest = keys, steps, smallest
         self._num_examples = workload.num_examples
@@ -145,6 +147,7 @@ class _Part:
             learning_rates=[key.learning_rate for key in keys],
             seeds=[key.seed for key in keys],
             engine=engine,
+            worth_compiling=worth_compiling,
         )
         self._points: list[list[EvaluationPoint]] = [[] for _ in keys]
         self._diverged = np.zeros(len(keys), dtype=bool)

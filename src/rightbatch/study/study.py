@@ -134,7 +134,7 @@ def run_study(
         examples: Or training examples.
         seconds: Or seconds that the training loop would take, by the measured step time.
         target: What counts as trained, such as `val_loss<=0.15`. Default: the workload's.
-        engine: `compiled`, `loop`, or `auto`.
+        engine: `compiled`, `vmapped`, `loop`, or `auto`.
         executor: Where trainings run: `local`, or `ray`: on the Ray cluster that this process is
             connected to or finds, otherwise on one that it starts here.
         workers: Processes of this machine that run trainings side by side; with 1 this one does.
@@ -144,7 +144,8 @@ def run_study(
         storage: URL of another database, such as `postgresql+psycopg://user@host/name`. Called
             with the same arguments on several machines, they share the trainings.
         name: Of the study in that database. Default: the workload's.
-        threads: Of the compiled engine, in each worker. Default: all cores, divided by workers.
+        threads: Of the compiled and the vmapped engine, in each worker. Default: all cores,
+            divided by workers.
         progress: Told what is being done, and which share of the trainings is done.
 
     Returns:
