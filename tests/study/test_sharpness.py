@@ -15,12 +15,12 @@ import rightbatch as rb
 from rightbatch.cli.render_sharpness_comparison import as_text
 from rightbatch.errors import UsageError
 from rightbatch.study.sharpness import compare_sharpness
-from rightbatch.study.sharpness_records import (
+from rightbatch.study.sharpness.records import (
     SharpnessComparison,
     SharpnessOfRun,
     SharpnessSetting,
 )
-from rightbatch.study.sharpness_verdict import judge_setting
+from rightbatch.study.sharpness.verdict import judge_setting
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +272,7 @@ def test_without_rates_a_study_is_made_and_the_cost_told_first() -> None:
 
 
 def test_matched_steps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rightbatch.study.sharpness.MAX_STEPS", 5)
+    monkeypatch.setattr("rightbatch.study.sharpness.compare.MAX_STEPS", 5)
     found = compare_sharpness(regression(), **OPTIONS)
     assert found.steps == 5
     assert any("fewer than batch 8 does in 2 epochs" in note for note in found.notes)

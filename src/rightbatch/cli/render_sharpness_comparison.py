@@ -8,7 +8,7 @@ from rightbatch.cli.render_sharpness import CAVEAT
 from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.study.sharpness_records import SharpnessComparison, SharpnessSetting, SizeSharpness
+from rightbatch.study.sharpness.records import SharpnessComparison, SharpnessSetting, SizeSharpness
 
 _ROWS: tuple[tuple[str, Callable[[SizeSharpness], Estimate]], ...] = (
     ("λ_max", lambda size: size.largest_eigenvalue),

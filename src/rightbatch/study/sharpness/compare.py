@@ -13,31 +13,16 @@ size, so that differences are taken within seeds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor
-
-from rightbatch.errors import ProbeError, UsageError
-from rightbatch.isolate import preserved_state
-from rightbatch.laws.estimate import Estimate
-from rightbatch.laws.seeds import geometric_mean_over_seeds, mean_over_seeds
-from rightbatch.probes.sharpness import measure_sharpness_at
+from rightbatch.errors import UsageError
 from rightbatch.recipe import Recipe
 from rightbatch.study.design import BatchSizes, Budget, make_design
-from rightbatch.study.sharpness_records import (
-    Matched,
-    Rate,
-    SharpnessComparison,
-    SharpnessOfRun,
-    SharpnessSetting,
-    SizeSharpness,
-)
-from rightbatch.study.sharpness_verdict import judge_setting
+from rightbatch.study.sharpness.course import Course
+from rightbatch.study.sharpness.records import SharpnessComparison, SharpnessOfRun
+from rightbatch.study.sharpness.runs import run_course
+from rightbatch.study.sharpness.summary import summarise_setting
 from rightbatch.study.study import Study, run_study
-from rightbatch.training import Training
-from rightbatch.training.evaluate import evaluate
 from rightbatch.training.model import smallest_pass
 from rightbatch.workload import Workload
 
@@ -45,53 +30,6 @@ Progress = Callable[..., None]
 EPOCHS, MAX_STEPS, SEEDS = 20, 2000, 5
 MAX_COST_EXAMPLES = 100_000_000
 """Training examples: a comparison that would take more is refused before it begins."""
-_EPSILON = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Arm:
-    """One batch size at one learning rate, and after which updates it is measured."""
-
-    batch_size: int
-    learning_rate: float
-    stops: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Course:
-    """What all trainings share, and how long each setting is."""
-
-    fixed: float
-    tuned: dict[int, float]
-    epochs: int
-    steps: int
-    steps_of_epochs: dict[int, int]
-
-    def rate(self, rate: Rate, size: int) -> float:
-        return self.fixed if rate == "fixed" else self.tuned[size]
-
-    def stop(self, matched: Matched, size: int) -> int:
-        return self.steps if matched == "steps" else self.steps_of_epochs[size]
-
-    def settings(self) -> Iterator[tuple[Matched, Rate]]:
-        kinds: tuple[tuple[Matched, Rate], ...] = (
-            ("epochs", "fixed"),
-            ("epochs", "tuned"),
-            ("steps", "fixed"),
-            ("steps", "tuned"),
-        )
-        yield from kinds
-
-    def arms(self) -> list[_Arm]:
-        """Every training that is needed, once, whatever number of settings it serves."""
-        stops: dict[tuple[int, float], set[int]] = {}
-        for matched, rate in self.settings():
-            for size in self.tuned:
-                stops.setdefault((size, self.rate(rate, size)), set()).add(self.stop(matched, size))
-        return [
-            _Arm(batch_size=size, learning_rate=rate, stops=tuple(sorted(own)))
-            for (size, rate), own in sorted(stops.items())
-        ]
 
 
 def compare_sharpness(
@@ -166,14 +104,14 @@ def compare_sharpness(
     # Refused before a study is made: what trainings cost does not depend on their rates.
     _refuse_dear(sizes, lengths, steps, len(design.seeds), max_cost_examples)
     tuned, rates_from = _tuned_rates(workload, sizes, tuned_rates, epochs, tell)
-    course = _Course(
+    course = Course(
         fixed=learning_rate if learning_rate is not None else tuned[sizes[0]],
         tuned=tuned,
         epochs=epochs,
         steps=steps,
         steps_of_epochs=lengths,
     )
-    runs, cost, trainings = _run(workload, course, design.seeds, device, max_examples, tell)
+    runs, cost, trainings = run_course(workload, course, design.seeds, device, max_examples, tell)
     return SharpnessComparison(
         workload=workload.name,
         device=device,
@@ -185,16 +123,15 @@ def compare_sharpness(
         learning_rate=course.fixed,
         tuned_rates=tuple(tuned.items()),
         rates_from=rates_from,
-        settings=tuple(_setting(course, runs, *kind, workload) for kind in course.settings()),
+        settings=tuple(
+            summarise_setting(course, runs, *kind, workload) for kind in course.settings()
+        ),
         runs=tuple(runs),
         notes=tuple(_notes(course, runs, len(design.seeds), capped=steps < lengths[sizes[0]])),
         trainings=trainings,
         cost_examples=cost,
         seconds=time.perf_counter() - begun,
     )
-
-
-# --- what is run ----------------------------------------------------------------------------------
 
 
 def _check_study(tuned_rates: Mapping[int, float] | Study | None, workload: Workload) -> None:
@@ -269,168 +206,8 @@ def _refuse_dear(
         )
 
 
-def _run(
-    workload: Workload,
-    course: _Course,
-    seeds: Sequence[int],
-    device: str,
-    max_examples: int | None,
-    tell: Progress,
-) -> tuple[list[SharpnessOfRun], int, int]:
-    """Every training, measured on its way; with the examples that it all took."""
-    arms = course.arms()
-    stops = sum(len(arm.stops) for arm in arms) * len(seeds)
-    examples = sum(arm.stops[-1] * arm.batch_size for arm in arms) * len(seeds)
-    tell(
-        f"cost: {len(arms) * len(seeds)} trainings, {examples:,} examples; {stops} measurements",
-        0.0,
-    )
-    runs, cost = list[SharpnessOfRun](), 0
-    for arm in arms:
-        for seed in seeds:
-
-            def report(step: int, batch: int = arm.batch_size, seed: int = seed) -> None:
-                share = len(runs) / stops
-                tell(f"batch {batch:,}, seed {seed}: sharpness after {step:,} updates", share)
-
-            own, taken = _run_one(workload, arm, seed, device, max_examples, report)
-            runs.extend(own)
-            cost += taken
-    tell("sharpness", 1.0)
-    return runs, cost, len(arms) * len(seeds)
-
-
-def _run_one(
-    workload: Workload,
-    arm: _Arm,
-    seed: int,
-    device: str,
-    max_examples: int | None,
-    report: Callable[[int], None],
-) -> tuple[list[SharpnessOfRun], int]:
-    recipe = Recipe(global_batch=arm.batch_size, learning_rate=arm.learning_rate)
-    training = Training(workload, recipe, seed=seed, device=device)
-    start = _weights(training)
-    found, cost = list[SharpnessOfRun](), 0
-    try:
-        for stop in arm.stops:
-            training.advance(stop - training.steps)
-            report(stop)
-            run, taken = _measure(training, start, stop, max_examples)
-            found.append(run)
-            cost += taken
-    finally:
-        training.close()
-    return found, cost + training.examples
-
-
-def _weights(training: Training) -> Tensor:
-    parts = [p.detach().reshape(-1).double() for p in training.model.parameters()]
-    return torch.cat(parts)
-
-
-def _measure(
-    training: Training, start: Tensor, stop: int, max_examples: int | None
-) -> tuple[SharpnessOfRun, int]:
-    workload, recipe = training.workload, training.recipe
-    nothing = SharpnessOfRun(
-        batch_size=recipe.global_batch,
-        learning_rate=recipe.learning_rate,
-        seed=training.seed,
-        steps=stop,
-        diverged=True,
-    )
-    if not training.is_sound():
-        return nothing, 0
-    try:
-        point = measure_sharpness_at(
-            training, max_examples=max_examples, epsilons=(_EPSILON,), seed=0
-        )
-    except ProbeError:  # finite weights whose loss is none
-        return nothing, 0
-    with preserved_state(training.model):
-        device, model = training.device, training.model
-        train = evaluate(workload, model, workload.train_examples, device=device)
-        val = workload.val_examples
-        val_loss = None if val is None else evaluate(workload, model, val, device=device).loss
-    run = SharpnessOfRun(
-        batch_size=recipe.global_batch,
-        learning_rate=recipe.learning_rate,
-        seed=training.seed,
-        steps=stop,
-        diverged=False,
-        largest_eigenvalue=point.largest_eigenvalue.value,
-        trace=point.trace.value,
-        phi=point.phi("all").value,
-        phi_random=point.phi("random").value,
-        sam_rise=point.sam_rise.value,
-        gradient_norm=point.gradient_norm,
-        train_loss=train.loss,
-        val_loss=val_loss,
-        distance=float((_weights(training) - start).norm()),
-    )
-    return run, point.cost_examples
-
-
-# --- what it says ---------------------------------------------------------------------------------
-
-
-def _setting(
-    course: _Course,
-    runs: Sequence[SharpnessOfRun],
-    matched: Matched,
-    rate: Rate,
-    workload: Workload,
-) -> SharpnessSetting:
-    by_size: dict[int, list[SharpnessOfRun]] = {}
-    for size in course.tuned:
-        wanted = (size, course.rate(rate, size), course.stop(matched, size))
-        own = [run for run in runs if (run.batch_size, run.learning_rate, run.steps) == wanted]
-        by_size[size] = sorted(own, key=lambda run: run.seed)
-    sizes = tuple(_size(own, workload.num_examples) for own in by_size.values())
-    amount = course.epochs if matched == "epochs" else course.steps
-    ratios, verdict, finding = judge_setting(by_size, matched, amount, rate)
-    return SharpnessSetting(
-        matched=matched,
-        amount=amount,
-        rate=rate,
-        sizes=sizes,
-        ratios=ratios,
-        verdict=verdict,
-        finding=finding,
-    )
-
-
-def _size(runs: Sequence[SharpnessOfRun], num_examples: int) -> SizeSharpness:
-    first = runs[0]
-
-    def mean(value: Callable[[SharpnessOfRun], float | None]) -> Estimate:
-        there = [found for run in runs if (found := value(run)) is not None]
-        if there and min(there) > 0:  # curvatures and losses of seeds differ by factors
-            return geometric_mean_over_seeds(there)
-        return mean_over_seeds(there)
-
-    return SizeSharpness(
-        batch_size=first.batch_size,
-        learning_rate=first.learning_rate,
-        steps=first.steps,
-        epochs=first.steps * first.batch_size / num_examples,
-        diverged=sum(run.diverged for run in runs),
-        largest_eigenvalue=mean(lambda run: run.largest_eigenvalue),
-        trace=mean(lambda run: run.trace),
-        phi=mean(lambda run: run.phi),
-        phi_random=mean(lambda run: run.phi_random),
-        sam_rise=mean(lambda run: run.sam_rise),
-        gradient_norm=mean(lambda run: run.gradient_norm),
-        train_loss=mean(lambda run: run.train_loss),
-        val_loss=mean(lambda run: run.val_loss),
-        gap=mean(lambda run: run.gap),
-        distance=mean(lambda run: run.distance),
-    )
-
-
 def _notes(
-    course: _Course, runs: Sequence[SharpnessOfRun], num_seeds: int, *, capped: bool
+    course: Course, runs: Sequence[SharpnessOfRun], num_seeds: int, *, capped: bool
 ) -> list[str]:
     found = list[str]()
     if num_seeds < 3:

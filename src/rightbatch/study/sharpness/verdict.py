@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rightbatch.laws.estimate import Estimate
 from rightbatch.laws.sharpness import order_of_pairs
-from rightbatch.study.sharpness_records import (
+from rightbatch.study.sharpness.records import (
     MEASURES,
     Matched,
     Measure,
