@@ -19,6 +19,7 @@ from rightbatch.cli import main
 from rightbatch.cli.render_study import answer, study_text
 from rightbatch.laws.estimate import Estimate, unresolved
 from rightbatch.store import read_record
+from rightbatch.study.design import sizes_around
 from rightbatch.study.study import SCHEMA
 
 Captured = pytest.CaptureFixture[str]
@@ -119,6 +120,19 @@ def test_gone_on_with_and_not_kept(capsys: Captured, tmp_path: Path) -> None:
     assert (again["design"], again["trials"]) == (first["design"], first["trials"])
     assert main([*SMALL, "--no-run"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_sizes_around_the_answer_of_a_plan(capsys: Captured) -> None:
+    assert main(["plan", "max3", "--effort", "probe", "--out", "plan.json", "--quiet"]) == 0
+    near = json.loads(Path("plan.json").read_text())["near_best"]
+    capsys.readouterr()
+    command = ["study", "max3", "--batch-sizes", "plan.json", "--learning-rates", "0.1", "--steps",
+               "2", "--no-run", "--json"]  # fmt: skip
+    assert main(command) == 0
+    sizes = json.loads(capsys.readouterr().out)["design"]["batch_sizes"]
+    assert sizes == list(sizes_around(near["low"], near["high"], 1000))
+    assert main(["study", "max3", "--batch-sizes", "none.json"]) != 0
+    assert "none.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

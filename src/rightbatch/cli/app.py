@@ -182,7 +182,9 @@ def plan(
 @app.command()
 def study(
     workload: WorkloadArgument,
-    batch_sizes: Annotated[str, typer.Option(help="Such as 1,10,full; powers; or auto.")] = "auto",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Such as 1,10,full; powers; auto; or plan.json: around its answer.")
+    ] = "auto",
     learning_rates: Annotated[
         str, typer.Option(help="Such as 0.1,0.5; a grid 1e-3:1:7; or auto.")
     ] = "auto",

@@ -9,9 +9,11 @@ from rightbatch.cli import run_carry_over, run_sweep
 from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.render_study import study_text
+from rightbatch.cli.run_plan import SCHEMA as PLAN_SCHEMA
 from rightbatch.errors import UsageError
-from rightbatch.store import dump_record, make_run_directory
-from rightbatch.study.design import StudyDesign, Unit
+from rightbatch.plan.records import Plan
+from rightbatch.store import dump_record, make_run_directory, read_record
+from rightbatch.study.design import StudyDesign, Unit, sizes_around
 from rightbatch.study.study import SCHEMA, Storage, Study, read_design, run_study
 from rightbatch.study.sweep import read_sweep_design
 
@@ -53,6 +55,8 @@ def run(
         raise UsageError("--no-run keeps nothing. Drop it, or --run, --resume and --storage.")
     if resume is not None and (run or options["storage"]):
         raise UsageError("--resume already says where the study is. Drop --run and --storage.")
+    if options["batch_sizes"].endswith(".json"):
+        options["batch_sizes"] = _sizes_of_plan(Path(options["batch_sizes"]))
     place = {"folder": resume or run, "keep": keep, "threads": threads}
     begun = None if resume is None else read_sweep_design(resume)
     swept = {"label_noise": label_noise, "dataset_sizes": dataset_sizes}
@@ -86,6 +90,13 @@ def run(
 
 
 _DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3}
+
+
+def _sizes_of_plan(path: Path) -> tuple[int, ...]:
+    """Batch sizes around those that a plan calls as good as the best."""
+    plan = read_record(path, Plan, schema=PLAN_SCHEMA)
+    near, N = plan.near_best, plan.evidence.setting.num_examples
+    return sizes_around(near.low, near.high, N)
 
 
 def _refuse_design(options: dict[str, Any]) -> None:

@@ -78,6 +78,27 @@ class StudyDesign:
     target: str | None = None
 
 
+def sizes_around(low: int, high: int, num_examples: int, *, factor: int = 4) -> tuple[int, ...]:
+    """Powers of two around an interval, such as the `near_best` of a plan.
+
+    Args:
+        low: Its lower end.
+        high: Its upper end.
+        num_examples: N: no size is larger.
+        factor: How far beyond either end.
+
+    Returns:
+        Ascending.
+
+    Example:
+        >>> sizes_around(32, 64, 200)
+        (8, 16, 32, 64, 128, 200)
+    """
+    least, most = max(1, low // factor), min(num_examples, high * factor)
+    powers = {2**k for k in range(num_examples.bit_length()) if least <= 2**k <= most}
+    return tuple(sorted(powers | ({num_examples} if most == num_examples else set())))
+
+
 def make_design(
     num_examples: int,
     *,
