@@ -288,6 +288,34 @@ def test_large_models_run_alone_and_small_ones_together() -> None:
     assert 1 < most_together(10**6) < group._MOST_TOGETHER
 
 
+def test_long_trainings_that_run_one_by_one_are_kept_as_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(self.layer(x), 0.1, self.training)
+
+    groups: list[int] = []
+
+    def seen(workload: Workload, keys: Any, *rest: Any, **options: Any) -> Any:
+        groups.append(len(keys))
+        return run_group(workload, keys, *rest, **options)
+
+    monkeypatch.setattr(study_module, "run_group", seen)
+    options: dict[str, Any] = {"engine": "auto", "batch_sizes": [5], "seeds": 3}
+    small(make(make_model=Dropping), **options)
+    monkeypatch.setattr(runner, "_MOST_LOST_SECONDS", 1e-9)
+    small(make(make_model=Dropping), **options)
+    assert groups == [6] + [1] * 6
+    groups.clear()
+    small(**options)  # which the compiled engine could run
+    assert groups == [6]
+
+
 def test_an_error_at_some_rates_does_not_take_the_others_along() -> None:
     class Touchy(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:

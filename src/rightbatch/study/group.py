@@ -27,6 +27,8 @@ _WORTH_STACKING, _WORTH_COMPILING = 1.0, 8.0
 and is then 3 to 8 times as fast, the compiled one takes one to four and is 10 times and more."""
 _FEWEST_IN_A_THREAD = 8
 """Trainings: fewer gain nothing from being divided further."""
+_PILOTS = 4
+"""Trainings that an engine is chosen for, to see which it would be: fewer are not mapped."""
 _FIRST_PIECE, _PIECE_SECONDS = 64, 0.25
 """Updates, then seconds, after which a thread looks whether it is to stop."""
 _POLL_SECONDS = 0.05
@@ -58,6 +60,31 @@ def most_together(num_weights: int) -> int:
     """
     fit = _MOST_BYTES // max(1, 4 * _COPIES_OF_WEIGHTS * num_weights)
     return max(1, min(_MOST_TOGETHER, fit))
+
+
+def runs_one_by_one(workload: Workload, keys: Sequence[TrialKey], engine: Engine) -> bool:
+    """Whether trainings would run one after the other, so that a group gains nothing.
+
+    Args:
+        workload: What to train.
+        keys: Which trainings, of one batch size.
+        engine: What is to run them.
+
+    Returns:
+        Whether the loop would run them.
+
+    Raises:
+        UsageError: If the engine that was asked for cannot.
+    """
+    few = keys[:_PILOTS]
+    copies = make_copies(
+        workload,
+        global_batch=few[0].batch_size,
+        learning_rates=[key.learning_rate for key in few],
+        seeds=[key.seed for key in few],
+        engine=engine,
+    )
+    return copies.engine == "loop"
 
 
 def count_cores() -> int:

@@ -27,7 +27,7 @@ from rightbatch.study.executors import (
     make_executor,
 )
 from rightbatch.study.grid import GridSearch
-from rightbatch.study.group import Engine, Finished, most_together
+from rightbatch.study.group import Engine, Finished, most_together, runs_one_by_one
 from rightbatch.study.judging import Setting
 from rightbatch.study.search import Search
 from rightbatch.study.trials import FINAL, TrialKey, TrialState
@@ -42,6 +42,8 @@ Progress = Callable[..., None]
 _TIMING_SECONDS = 2.0
 _POLL_SECONDS = 0.5
 _MOST_LOSSES = 3
+_MOST_LOST_SECONDS = 30.0
+"""Of trainings that run one by one: as much as may have to be run again after a kill."""
 _OPEN: tuple[TrialState, ...] = ("waiting", "running", "stopped")
 _STEP_TIME, _ENGINE = "step time", "engine"
 
@@ -89,6 +91,7 @@ class StudyRunner:
         self._claimed: dict[int, Sequence[Claim]] = {}
         self._losses: Counter[TrialKey] = Counter()
         self._ended: tuple[int, int] | None = None
+        self._one_by_one: bool | None = None
         target = None if design.target is None else parse_target(design.target)
         _check_target(target, workload)
         on_training = workload.val_examples is None or (
@@ -219,25 +222,48 @@ class StudyRunner:
             claimed = claims.take(most, small_batches_first=several)
             if not claimed:
                 return
-            alone = [claim for claim in claimed if self._losses[claim.key]]
+            alone = [[claim] for claim in claimed if self._losses[claim.key]]
             together = [claim for claim in claimed if not self._losses[claim.key]]
-            for group in [together, *([claim] for claim in alone)]:
-                if group:
-                    self._submit(group, executor)
+            for group in [*self._cut(together), *alone]:
+                self._submit(group, executor)
+
+    def _cut(self, group: Sequence[Claim]) -> list[Sequence[Claim]]:
+        """Parts whose loss, if this process is killed, is bearable: a part is kept at its end."""
+        if not group:
+            return []
+        steps, step_seconds = self._length(group[0])
+        one = 0.0 if step_seconds is None else steps * step_seconds
+        most = len(group)
+        if one * most > _MOST_LOST_SECONDS and self._runs_one_by_one(group):
+            most = max(1, int(_MOST_LOST_SECONDS / one))
+        return [group[i : i + most] for i in range(0, len(group), most)]
+
+    def _runs_one_by_one(self, group: Sequence[Claim]) -> bool:
+        if self._one_by_one is None:
+            keys = [claim.key for claim in group]
+            try:
+                self._one_by_one = runs_one_by_one(self._judged, keys, self._engine)
+            except Exception:  # what is wrong, the trainings themselves will tell
+                self._one_by_one = True
+        return self._one_by_one
+
+    def _length(self, claim: Claim) -> tuple[int, float | None]:
+        """Updates of a training, and what one takes in the training loop."""
+        size, seconds_of = claim.key.batch_size, self.setting.seconds_of
+        step_seconds = None if seconds_of is None else seconds_of(size)
+        N, smallest = self._workload.num_examples, self.setting.smallest
+        steps = self._design.budget.steps(size, N, step_seconds, smallest)
+        return max(1, round(claim.share * steps)), step_seconds
 
     def _submit(self, group: Sequence[Claim], executor: Executor) -> None:
-        first, setting = group[0], self.setting
-        size, seconds_of = first.key.batch_size, self.setting.seconds_of
-        step_seconds = None if seconds_of is None else seconds_of(size)
-        N = self._workload.num_examples
-        steps = self._design.budget.steps(size, N, step_seconds, setting.smallest)
+        steps, step_seconds = self._length(group[0])
         task = GroupTask(
             number=next(self._numbers),
             keys=tuple(claim.key for claim in group),
-            steps=max(1, round(first.share * steps)),
+            steps=steps,
             engine=self._engine,
             step_seconds=step_seconds,
-            smallest=setting.smallest,
+            smallest=self.setting.smallest,
         )
         self._claimed[task.number] = group
         executor.submit(task)
