@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rightbatch.laws.path import path_roughness
+from rightbatch.laws.path import RunningPath, path_roughness, roughness_of
 
 PATHS = st.lists(st.integers(-1000, 1000), min_size=2, max_size=40)
 
@@ -57,3 +57,25 @@ def test_no_roughness_without_movement_or_numbers(path: list[float]) -> None:
 def test_what_is_no_path_is_refused(path: list[float]) -> None:
     with pytest.raises(ValueError, match="at least two numbers in a row; got shape"):
         path_roughness(path)
+
+
+@given(
+    values=st.lists(
+        st.floats(-1e3, 1e3).filter(lambda x: x == 0 or abs(x) > 1e-3), min_size=2, max_size=40
+    )
+)
+def test_a_running_path_is_as_rough_as_the_whole_one(values: list[float]) -> None:
+    running = RunningPath(last=values[0], low=values[0], high=values[0])
+    for value in values[1:]:
+        running.add(value)
+    whole = path_roughness(values)
+    assert running.roughness == pytest.approx(whole, rel=1e-9, nan_ok=True)
+    assert (running.low, running.high, running.last) == (min(values), max(values), values[-1])
+
+
+def test_a_running_path_that_leaves_the_numbers_has_no_roughness() -> None:
+    running = RunningPath(last=0.0, low=0.0, high=0.0)
+    for value in (1.0, math.nan, 2.0):
+        running.add(value)
+    assert math.isnan(running.roughness)
+    assert np.isnan(roughness_of([math.inf, 0.0], [math.inf, 0.0])).all()

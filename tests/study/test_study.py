@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rightbatch import Recipe, Study, Workload, accuracy, load_workload, run_study, train
+from rightbatch import Recipe, Study, Watch, Workload, accuracy, load_workload, run_study, train
 from rightbatch.errors import ProbeError, UsageError
+from rightbatch.laws.path import path_roughness
 from rightbatch.store import read_record
 from rightbatch.study import group, runner
 from rightbatch.study.database import StudyDatabase
@@ -413,3 +414,38 @@ def test_few_seeds_and_edges_are_warned_of() -> None:
     assert any("1 seed: too few" in warning for warning in study.warnings)
     assert any("the best of all may lie beyond" in warning for warning in study.warnings)
     assert json.dumps(study.warnings)
+
+
+def test_it_says_how_far_and_how_roughly_weights_went() -> None:
+    study = small(seeds=3, epochs=6, watch="0.weight[1,2]")
+    assert study.watching == "0.weight[1,2]"
+    watch = Watch(weights=["0.weight[1,2]"])
+    trial = study.trials_at(5, 0.5)[1]
+    train(make(), Recipe(global_batch=5, learning_rate=0.5), epochs=6, seed=1, callbacks=[watch])
+    assert trial.distance == pytest.approx(watch.distances[-1].value)
+    assert trial.roughness == pytest.approx(path_roughness(watch.paths["0.weight[1,2]"]))
+    for size in study.sizes:
+        assert size.distance.n == 3 and (size.distance.value or 0) > 0
+        assert (size.roughness.value or 0) >= 1 and size.dead == 0
+        assert [rate.noise_floor.verdict for rate in size.rates]
+    kinds = [(contrast.quantity, contrast.at) for contrast in study.contrasts]
+    assert ("roughness", "best") in kinds and ("distance", "same") in kinds
+    rough = study.contrasts[kinds.index(("roughness", "same"))]
+    assert rough.sizes == (5, 40) and rough.certain is not None
+
+
+def test_a_dead_weight_is_said_to_be_dead() -> None:
+    def half_frozen() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        model[0].weight.requires_grad_(False)  # pyright: ignore
+        return model
+
+    study = small(make(make_model=half_frozen))
+    assert all(trial.dead and trial.roughness is None for trial in study.trials)
+    assert all(size.dead == 2 and not size.roughness.resolved for size in study.sizes)
+    assert {contrast.quantity for contrast in study.contrasts} == {"distance", "gap"}
+
+
+def test_a_weight_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"The model has no weight '7\.bias"):
+        small(watch="7.bias[0]")

@@ -200,6 +200,9 @@ def study(
     target: Annotated[
         str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
     ] = None,
+    watch: Annotated[
+        str, typer.Option(help="The weight whose path is followed, such as '0.weight[3,1]'.")
+    ] = "first",
     label_noise: Annotated[
         str | None, typer.Option(help="A study for each share of wrong labels, such as 0,0.2,0.4.")
     ] = None,
@@ -256,6 +259,7 @@ def study(
         examples=examples,
         seconds=seconds,
         target=target,
+        watch=watch,
         label_noise=label_noise,
         dataset_sizes=dataset_sizes,
         carries_over_to=carries_over_to,

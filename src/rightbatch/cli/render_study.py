@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rightbatch.cli.render_minima import gradient_sentences, minima_sentences, minima_table
 from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
@@ -27,7 +28,11 @@ def study_text(study: Study) -> str:
         parts.append(_sizes(study))
     if study.comparisons:
         parts.append(_equal_costs(study))
-    parts += [wrap(sentence) for sentence in _over_sizes(study)]
+    if study.sizes:
+        parts.append(minima_table(study))
+    parts += [wrap(sentence) for sentence in (*minima_sentences(study), *_over_sizes(study))]
+    if study.sizes:
+        parts += [wrap(sentence) for sentence in gradient_sentences(study)]
     notes = (*study.warnings, *study.fits.notes)
     parts += [wrap(f"Note: {note}") for note in notes[:_MOST_NOTES]]
     if len(notes) > _MOST_NOTES:

@@ -89,7 +89,7 @@ def run(
     return 130 if study.state == "stopped" else 0
 
 
-_DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3}
+_DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3, "watch": "first"}
 
 
 def _sizes_of_plan(path: Path) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def _sizes_of_plan(path: Path) -> tuple[int, ...]:
 
 def _refuse_design(options: dict[str, Any]) -> None:
     """What is gone on with has the design that it was begun with."""
-    asked = ("batch_sizes", "learning_rates", "seeds", "target", *get_args(Unit))
+    asked = ("batch_sizes", "learning_rates", "seeds", "target", "watch", *get_args(Unit))
     asked = (*asked, "label_noise", "dataset_sizes")
     given = [name for name in asked if options[name] != _DEFAULTS.get(name)]
     if given:
@@ -124,6 +124,7 @@ def _as_begun(design: StudyDesign, storage: Storage | None) -> dict[str, Any]:
         "learning_rates": design.learning_rates or "auto",
         "seeds": design.seeds,
         "target": design.target,
+        "watch": design.watch,
         **lengths,
     }
 

@@ -16,16 +16,21 @@ from rightbatch.engines.copies import (
     EngineName,
     FloatArray,
     IntArray,
+    Watched,
+    make_watched,
     without_diverged,
 )
 from rightbatch.engines.first_steps import check_first_steps
 from rightbatch.engines.lowering.dtypes import to_numpy, to_torch
 from rightbatch.engines.optimizer_plan import OptimizerPlan, read_optimizer
 from rightbatch.engines.optimizers import init_state
-from rightbatch.engines.program import Carry, Stretch, new_carry
+from rightbatch.engines.program import Carry, Place, Stretch, new_carry
 from rightbatch.engines.trace import named_tensors
 from rightbatch.engines.unsupported import Unsupported
+from rightbatch.laws.path import roughness_of
 from rightbatch.training import epoch_order
+from rightbatch.training.watching.distance import norm_of_weights
+from rightbatch.training.watching.watched_weight import find_weight, weight_name
 from rightbatch.workload import Workload
 
 _MAX_ORDER_BYTES = 64 * 2**20
@@ -41,6 +46,7 @@ class CompiledCopies:
         learning_rates: Shape (copies,).
         seeds: Shape (copies,).
         reason: Why this engine was taken.
+        watch: The weight to follow, as in `rightbatch.Watch`; None watches nothing.
 
     Raises:
         Unsupported: If the workload cannot be compiled, or the compiled loop disagrees with torch
@@ -57,17 +63,27 @@ class CompiledCopies:
         learning_rates: FloatArray,
         seeds: IntArray,
         reason: str,
+        watch: str | None = None,
     ) -> None:
         self.learning_rates = learning_rates
         self.seeds = seeds
         self.reason = reason
         self.steps = 0
+        self.watching: str | None = None
         self._compiler = compiler_of(workload)
         self._program = self._compiler.program(workload, global_batch)
         model = workload.build_model(0)
         trained = self._compiler.layout.trained
         self._plan = read_optimizer(workload, model, trained, learning_rates)
         self._dtypes = {name: t.dtype for name, t in named_tensors(model).items()}
+        self._place: Place | None = None
+        if watch is not None:
+            name, index = find_weight(model, watch)
+            self.watching = weight_name(name, index)
+            # Under the name by which a tied weight is held; one without a gradient never moves.
+            self._watched = self._compiler.layout.names.get(name, name), index
+            if self._watched[0] in trained:
+                self._place = trained.index(self._watched[0]), index
         self._held = _slots(len(seeds))
         self._losses_since = 0
         self._orders: tuple[tuple[int, ...], np.ndarray[Any, Any]] | None = None
@@ -105,7 +121,7 @@ class CompiledCopies:
                 first=first,
                 last=last + 1,
             )
-            self._carry = self._program.run(self._plan.groups, self._carry, stretch)
+            self._carry = self._program.run(self._plan.groups, self._place, self._carry, stretch)
             self.steps += count
             done += count
         self._losses_since += num_steps
@@ -132,6 +148,29 @@ class CompiledCopies:
             val_loss=without_diverged(val_loss, diverged),
             val_metric=without_diverged(val_metric, diverged),
             diverged=diverged,
+            watched=self._look(diverged) if self.watching is not None else None,
+        )
+
+    def _look(self, diverged: BoolArray) -> Watched:
+        count = len(self.seeds)
+        rows = self._rows[:count]
+        squares = np.zeros(count)
+        with np.errstate(invalid="ignore", over="ignore"):  # of copies that diverged
+            for now, before in zip(self._carry["trained"], self._initial, strict=True):
+                moved = np.asarray(now)[:count] - before[rows]
+                squares += np.linalg.norm(moved.reshape(count, -1), axis=1).astype(float) ** 2
+        path = {name: np.asarray(x, np.float64)[:count] for name, x in self._carry["path"].items()}
+        if path:
+            travel = path["travel"] - path["travel_rest"]
+            roughness = roughness_of(travel, path["high"] - path["low"])
+        else:
+            path, roughness = {"last": self._initial_weight[rows]}, np.full(count, np.nan)
+        return make_watched(
+            distance=np.sqrt(squares),
+            initial_norm=self._initial_norm[rows],
+            weight=path["last"],
+            roughness=roughness,
+            diverged=diverged,
         )
 
     def keep(self, mask: Any) -> None:
@@ -142,8 +181,10 @@ class CompiledCopies:
         if len(kept) == 0:
             return
         self._held = _slots(len(kept))
-        rows = jnp.asarray(self._padded(kept))
-        self._carry = jax.tree.map(lambda x: x[rows], self._carry)
+        rows = self._padded(kept)
+        self._rows = self._rows[rows]
+        taken = jnp.asarray(rows)
+        self._carry = jax.tree.map(lambda x: x[taken], self._carry)
 
     def state_dict(self, copy_index: int) -> dict[str, Tensor]:
         """Weights and buffers of one copy (an index into the copies still held)."""
@@ -164,19 +205,28 @@ class CompiledCopies:
     def _initial_carry(self, workload: Workload) -> Carry:
         layout = self._compiler.layout
         seeds, which = np.unique(self._padded(self.seeds), return_inverse=True)
-        held = [named_tensors(workload.build_model(int(seed))) for seed in seeds]
+        models = [workload.build_model(int(seed)) for seed in seeds]
+        held = [named_tensors(model) for model in models]
 
-        def stack(names: tuple[str, ...]) -> list[Any]:
-            return [jnp.asarray(np.stack([to_numpy(h[n]) for h in held])[which]) for n in names]
+        def stack(names: tuple[str, ...]) -> list[np.ndarray[Any, Any]]:
+            return [np.stack([to_numpy(h[n]) for h in held]) for n in names]
 
-        trained = stack(layout.trained)
+        initial = stack(layout.trained)
+        self._rows = which
+        if self.watching is not None:
+            self._initial = initial  # once for each seed, and not for each copy
+            self._initial_norm = np.array([norm_of_weights(model) for model in models])
+            name, index = self._watched
+            self._initial_weight = np.array([h[name][index].item() for h in held])
+        trained = [jnp.asarray(values[which]) for values in initial]
         plan = self._plan
         return new_carry(
             trained,
-            stack(layout.carried),
+            [jnp.asarray(values[which]) for values in stack(layout.carried)],
             init_state(plan.groups, trained),
             self._per_group(plan, plan.learning_rates),
             self._per_group(plan, plan.decays),
+            self._place,
         )
 
     def _per_group(self, plan: OptimizerPlan, values: FloatArray) -> list[Any]:

@@ -26,6 +26,7 @@ def make_copies(
     seeds: Any,
     engine: Engine = "auto",
     worth_compiling: bool = True,
+    watch: str | None = None,
 ) -> Copies:
     """Makes a group of trainings that are advanced together.
 
@@ -40,6 +41,8 @@ def make_copies(
             the loop.
         worth_compiling: Whether there is enough to do that compiling would pay; `auto` leaves the
             compiled engine out where not.
+        watch: A weight whose path is followed, as in `rightbatch.Watch`, such as `0.weight[3,1]` or
+            `first`. With it, evaluations say how far the weights are from the initial ones.
 
     Returns:
         The copies, at their initial weights; `.engine` and `.reason` say who runs them and why.
@@ -62,7 +65,9 @@ def make_copies(
     rates, numbers = _checked(global_batch, learning_rates, seeds)
     if engine not in _ENGINES:
         raise UsageError(f"The engine is {engine!r}. Choose {', '.join(_ENGINES[:-1])} or loop.")
-    arguments = {"global_batch": global_batch, "learning_rates": rates, "seeds": numbers}
+    arguments: dict[str, Any] = {
+        "global_batch": global_batch, "learning_rates": rates, "seeds": numbers, "watch": watch,
+    }  # fmt: skip
     if engine == "loop":
         return LoopCopies(workload, **arguments, reason="The loop was asked for.")
     if engine != "auto":

@@ -31,6 +31,8 @@ MAX_SHARED_STEP_BYTES = 0.5e6
 """Copies are advanced together while the results of one copy's step take up to this much."""
 
 Carry = dict[str, Any]
+Place = tuple[int, tuple[int, ...]]
+"""One weight: a position among the trained tensors, and an index without the slots axis."""
 OneStep = Callable[[Lowered, Array, Carry], Carry]
 
 
@@ -92,29 +94,38 @@ class Program:
         self._full = trace(self.global_batch)
         self._rest = trace(self.rest) if self.rest else None
         self.together = self._full.result_bytes <= MAX_SHARED_STEP_BYTES
-        self._compiled: dict[tuple[Group, ...], Callable[..., Carry]] = {}
+        self._compiled: dict[tuple[tuple[Group, ...], Place | None], Callable[..., Carry]] = {}
 
-    def run(self, groups: tuple[Group, ...], carry: Carry, stretch: Stretch) -> Carry:
+    def run(
+        self, groups: tuple[Group, ...], place: Place | None, carry: Carry, stretch: Stretch
+    ) -> Carry:
         """Advances all copies.
 
         Args:
             groups: The optimizer's parameter groups.
+            place: The weight whose path is followed, or None.
             carry: State of the copies; it is consumed.
             stretch: What to run.
 
         Returns:
             The new state.
         """
-        if groups not in self._compiled:
-            function = functools.partial(self._advance, groups)
+        key = groups, place
+        if key not in self._compiled:
+            function = functools.partial(self._advance, groups, place)
             options = _compiler_options(self._full.flops_per_product)
-            self._compiled[groups] = jax.jit(function, donate_argnums=0, compiler_options=options)
-        return self._compiled[groups](carry, stretch, self._leaves)
+            self._compiled[key] = jax.jit(function, donate_argnums=0, compiler_options=options)
+        return self._compiled[key](carry, stretch, self._leaves)
 
     def _advance(
-        self, groups: tuple[Group, ...], carry: Carry, stretch: Stretch, leaves: list[Array]
+        self,
+        groups: tuple[Group, ...],
+        place: Place | None,
+        carry: Carry,
+        stretch: Stretch,
+        leaves: list[Array],
     ) -> Carry:
-        step = functools.partial(step_of_one_copy, groups, leaves)
+        step = functools.partial(step_of_one_copy, groups, place, leaves)
         slots = len(carry["limit"])
         if slots == 1 or not self.together:
             return self._one_by_one(step, carry, stretch)
@@ -190,6 +201,7 @@ def new_carry(
     states: list[State],
     learning_rates: list[Array],
     decays: list[Array],
+    place: Place | None,
 ) -> Carry:
     """State of a group of copies before the first update; every array has a leading slots axis.
 
@@ -199,12 +211,21 @@ def new_carry(
         states: Optimizer state.
         learning_rates: Shape (slots,), one array per parameter group.
         decays: Likewise.
+        place: The weight whose path is followed, or None.
 
     Returns:
         The state.
     """
     slots = learning_rates[0].shape
+    path: dict[str, Array] = {}
+    if place is not None:
+        position, index = place
+        begin = trained[position][:, *index]
+        # Copies: the state is donated, and no buffer may be in it twice.
+        path = {name: jnp.copy(begin) for name in ("last", "low", "high")}
+        path |= {name: jnp.zeros(slots, jnp.float32) for name in ("travel", "travel_rest")}
     return {
+        "path": path,
         "trained": trained,
         "carried": carried,
         "states": states,
@@ -219,12 +240,18 @@ def new_carry(
 
 
 def step_of_one_copy(
-    groups: tuple[Group, ...], leaves: list[Array], graph: Lowered, rows: Array, copy: Carry
+    groups: tuple[Group, ...],
+    place: Place | None,
+    leaves: list[Array],
+    graph: Lowered,
+    rows: Array,
+    copy: Carry,
 ) -> Carry:
     """One update of one copy.
 
     Args:
         groups: The optimizer's parameter groups.
+        place: The weight whose path is followed, or None.
         leaves: The training set.
         graph: Loss and gradient at this batch size.
         rows: Examples of the batch, int32, shape (batch,).
@@ -242,9 +269,7 @@ def step_of_one_copy(
     magnitude = jnp.abs(loss)
     first_limit = EXPLOSION * jnp.maximum(magnitude, 1e-8)
     limit = jnp.where(copy["step"] == 0, first_limit, copy["limit"])
-    # Kahan's sum: over a hundred thousand steps a plain float32 sum would lose digits.
-    corrected = loss - copy["loss_rest"]
-    total = copy["loss_sum"] + corrected
+    total, rest = _add(copy["loss_sum"], copy["loss_rest"], loss)
     return {
         **copy,
         "trained": trained,
@@ -254,6 +279,30 @@ def step_of_one_copy(
         # Written so that NaN counts as diverged.
         "diverged": copy["diverged"] | ~((magnitude <= limit) & jnp.isfinite(magnitude)),
         "loss_sum": total,
-        "loss_rest": (total - copy["loss_sum"]) - corrected,
+        "loss_rest": rest,
         "step": copy["step"] + 1,
+        "path": _follow(copy["path"], place, trained),
     }
+
+
+def _follow(path: dict[str, Array], place: Place | None, trained: list[Array]) -> dict[str, Array]:
+    """Goes on to the watched weight's new value, in constant memory."""
+    if place is None:
+        return path
+    position, index = place
+    value = trained[position][index]
+    travel, rest = _add(path["travel"], path["travel_rest"], jnp.abs(value - path["last"]))
+    return {
+        "last": value,
+        "low": jnp.minimum(path["low"], value),
+        "high": jnp.maximum(path["high"], value),
+        "travel": travel,
+        "travel_rest": rest,
+    }
+
+
+def _add(total: Array, rest: Array, value: Array) -> tuple[Array, Array]:
+    """Kahan's sum: over a hundred thousand steps a plain float32 sum would lose digits."""
+    corrected = value - rest
+    new = total + corrected
+    return new, (new - total) - corrected

@@ -11,6 +11,7 @@ from torch import Tensor
 from rightbatch.engines.copies import BoolArray, FloatArray, IntArray
 from rightbatch.engines.optimizer_plan import OptimizerPlan
 from rightbatch.engines.stacked_pass import Evaluated, StackedEvaluation
+from rightbatch.engines.stacked_path import StackedPath, WeightPlace
 from rightbatch.engines.stacked_update import StackedOptimizer
 from rightbatch.engines.stacker import Stacker
 from rightbatch.engines.trace import named_tensors
@@ -33,6 +34,7 @@ class Stack:
         seeds: Of all copies.
         part: Positions of these copies among all.
         global_batch: Examples per update.
+        watched: Name and place of the weight to follow, or None.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Stack:
         seeds: IntArray,
         part: IntArray,
         global_batch: int,
+        watched: WeightPlace | None = None,
     ) -> None:
         self._workload, self._stacker = workload, stacker
         self._seeds = seeds[part]
@@ -55,6 +58,9 @@ class Stack:
 
         layout = stacker.layout
         self._trained, self._carried = stacked(layout.trained), stacked(layout.carried)
+        self._path: StackedPath | None = None
+        if watched is not None:
+            self._path = StackedPath(layout.trained, held, models, which, watched)
         self._optimizer = StackedOptimizer(plan, self._trained, part.tolist())
         self._batch = global_batch
         self._per_epoch = -(-stacker.data.num_examples // global_batch)
@@ -89,7 +95,21 @@ class Stack:
             if size not in self._steps:
                 self._steps[size] = self._make_step(rows)
             losses.append(self._steps[size](rows))
+            if self._path is not None:
+                self._path.note(self._trained)
+        if self._path is not None:
+            self._path.add_noted()
         return torch.stack(losses)
+
+    def look(self) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Where the weights are.
+
+        Returns:
+            Distance from the initial weights, norm of those, the watched weight and the roughness
+            of its path, each of shape (copies,).
+        """
+        assert self._path is not None  # asked only of copies that are watched
+        return self._path.look(self._trained)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         """Each copy's data order, shape (copies, examples)."""
@@ -162,6 +182,8 @@ class Stack:
             [t[rows] for t in tensors] for tensors in (self._trained, self._carried)
         )
         self._optimizer.keep(rows, self._trained)
+        if self._path is not None:
+            self._path.keep(rows)
         self._steps = {}
 
     def state_dict(self, index: int) -> dict[str, Tensor]:

@@ -14,19 +14,24 @@ import torch
 from torch import Tensor
 
 from rightbatch.engines.copies import (
+    BoolArray,
     CopiesEvaluation,
     EngineName,
     FloatArray,
     IntArray,
+    Watched,
+    make_watched,
     without_diverged,
 )
 from rightbatch.engines.first_steps import check_first_steps
 from rightbatch.engines.optimizer_plan import read_optimizer
 from rightbatch.engines.stack import Stack
+from rightbatch.engines.stacked_path import WeightPlace
 from rightbatch.engines.stacker import stacker_of
 from rightbatch.engines.unsupported import Unsupported
 from rightbatch.training.evaluate import EVALUATION_BATCH
 from rightbatch.training.loop import EXPLOSION
+from rightbatch.training.watching.watched_weight import find_weight, weight_name
 from rightbatch.workload import Workload
 
 MAX_CHUNK_BYTES = 256 * 2**20
@@ -50,6 +55,7 @@ class VmappedCopies:
         reason: Why this engine was taken.
         device: Where.
         only_if_faster: Refuse where the plain loop is expected to be as fast.
+        watch: The weight to follow, as in `rightbatch.Watch`; None watches nothing.
 
     Raises:
         Unsupported: If the workload cannot be mapped over copies, or the first steps disagree with
@@ -68,6 +74,7 @@ class VmappedCopies:
         reason: str,
         device: str = "cpu",
         only_if_faster: bool = False,
+        watch: str | None = None,
     ) -> None:
         self.learning_rates = learning_rates
         self.seeds = seeds
@@ -79,9 +86,15 @@ class VmappedCopies:
         pass_bytes = self._stacker.pass_bytes(workload, self._batch)
         if only_if_faster:
             _check_gain(pass_bytes, len(seeds), device)
-        self._plan = read_optimizer(
-            workload, workload.build_model(0), self._stacker.layout.trained, learning_rates
-        )
+        model, layout = workload.build_model(0), self._stacker.layout
+        self._plan = read_optimizer(workload, model, layout.trained, learning_rates)
+        self.watching: str | None = None
+        self._watched: WeightPlace | None = None
+        if watch is not None:
+            name, index = find_weight(model, watch)
+            self.watching = weight_name(name, index)
+            # Under the name by which a tied weight is held.
+            self._watched = layout.names.get(name, name), index
         self._together = max(1, MAX_CHUNK_BYTES // max(1, pass_bytes))
         self._evaluation = self._stacker.evaluation
         self._begin()
@@ -97,7 +110,15 @@ class VmappedCopies:
         self._sums = np.zeros(count)
         self._diverged = np.zeros(count, dtype=np.bool_)
         self._stacks = [
-            Stack(self._workload, self._stacker, self._plan, self.seeds, part, self._batch)
+            Stack(
+                self._workload,
+                self._stacker,
+                self._plan,
+                self.seeds,
+                part,
+                self._batch,
+                self._watched,
+            )
             for part in np.array_split(np.arange(count), -(-count // self._together))
         ]
 
@@ -137,7 +158,14 @@ class VmappedCopies:
             val_loss=without_diverged(val_loss, diverged),
             val_metric=without_diverged(val_metric, diverged),
             diverged=diverged,
+            watched=self._look(diverged) if self.watching is not None else None,
         )
+
+    def _look(self, diverged: BoolArray) -> Watched:
+        looks = [stack.look() for stack in self._stacks] or [(np.zeros(0),) * 4]
+        names = ("distance", "initial_norm", "weight", "roughness")
+        columns = [np.concatenate(values) for values in zip(*looks, strict=True)]
+        return make_watched(diverged=diverged, **dict(zip(names, columns, strict=True)))
 
     def _validate(self) -> tuple[FloatArray | None, FloatArray | None]:
         if self._evaluation is None:

@@ -408,3 +408,30 @@ def isotropic_steps(dimension: int, *, global_batch: float, loss_ratio: float) -
         Steps, not rounded.
     """
     return math.log(loss_ratio) / math.log1p(global_batch / (dimension + 1))
+
+
+def stationary_loss(
+    problem: LinearRegression, *, learning_rate: float, global_batch: float
+) -> float:
+    """The expected excess loss around which SGD wavers in the end, ½ Σ λ_i m_i with m' = m.
+
+    L = ½ s² q/(1 − q),  q = Σ_i ηλ_i / (2B − ηλ_i(B + 1))
+
+    Args:
+        problem: The problem.
+        learning_rate: η.
+        global_batch: B.
+
+    Returns:
+        The excess loss, the floor s²/2 left out; infinite beyond the edge of divergence.
+
+    Example:
+        >>> problem = LinearRegression(eigenvalues=(1.0,), offsets=(1.0,), noise_variance=1.0)
+        >>> stationary_loss(problem, learning_rate=0.5, global_batch=1)
+        0.5
+    """
+    if learning_rate >= divergence_edge(problem, global_batch=global_batch):
+        return math.inf
+    scaled = learning_rate * _eigenvalues(problem)
+    share = float(np.sum(scaled / (2 * global_batch - scaled * (global_batch + 1))))
+    return problem.noise_variance * share / (1 - share) / 2

@@ -62,7 +62,7 @@ def geometric_mean_over_seeds(values: Sequence[float | None], scale: float = 1.0
     there = [value for value in values if value is not None]
     if len(there) < len(values) or not there:
         low = min(there) * scale if there else None
-        return unresolved(len(values), "some seeds missed it", low=low)
+        return unresolved(len(values), "some seeds missed it" if values else "no seed", low=low)
     logs = mean_over_seeds([math.log(value) for value in there], "geometric mean over seeds")
 
     def back(number: float | None) -> float | None:

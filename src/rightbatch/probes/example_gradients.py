@@ -149,6 +149,23 @@ class ExampleGradients:
                 count,
             )
 
+    def of_batch(self, indices: Tensor) -> Tensor:
+        """The mean gradient of one batch; at once where its examples mix, else in pieces.
+
+        Args:
+            indices: Examples, int64, shape (m,).
+
+        Returns:
+            The gradient, float64, shape (D,), on the CPU.
+        """
+        whole = self.form.form == "micro-batches"
+        total, counted = torch.zeros(self.num_parameters, dtype=torch.float64), 0.0
+        for piece in indices.split(len(indices) if whole else MAX_CHUNK):
+            gradient, count = self._backward(piece)
+            total += gradient.cpu()
+            counted += count
+        return total / counted
+
     # --- taking gradients -------------------------------------------------------------------------
 
     def _batch(self, indices: Tensor) -> Any:

@@ -68,6 +68,10 @@ POINTS = sql.Table(
     sql.Column("train_loss", sql.Double),
     sql.Column("val_loss", sql.Double),
     sql.Column("val_metric", sql.Double),
+    sql.Column("distance", sql.Double),
+    sql.Column("relative_distance", sql.Double),
+    sql.Column("weight", sql.Double),
+    sql.Column("roughness", sql.Double),
 )
 _FACTS = sql.Table(
     "facts",

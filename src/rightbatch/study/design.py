@@ -69,6 +69,8 @@ class StudyDesign:
         seeds: Each decides initial weights and data order, alike at every size and rate.
         budget: How far every training goes.
         target: What counts as trained, such as `val_loss<=0.15`, or None.
+        watch: The weight whose path is followed in every training, such as `0.weight[3,1]`, or
+            `first`: the first weight of the first layer.
     """
 
     batch_sizes: tuple[int, ...]
@@ -76,6 +78,7 @@ class StudyDesign:
     seeds: tuple[int, ...]
     budget: Budget
     target: str | None = None
+    watch: str = "first"
 
 
 def sizes_around(low: int, high: int, num_examples: int, *, factor: int = 4) -> tuple[int, ...]:
@@ -110,6 +113,7 @@ def make_design(
     examples: int | None = None,
     seconds: float | None = None,
     target: str | None = None,
+    watch: str = "first",
 ) -> StudyDesign:
     """A design from what a user writes.
 
@@ -125,6 +129,7 @@ def make_design(
         examples: Or training examples.
         seconds: Or modelled seconds.
         target: What counts as trained.
+        watch: The weight to follow.
 
     Returns:
         The design.
@@ -147,6 +152,7 @@ def make_design(
             [("epochs", epochs), ("steps", steps), ("examples", examples), ("seconds", seconds)]
         ),
         target=target,
+        watch=watch,
     )
 
 

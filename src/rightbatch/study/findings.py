@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rightbatch.laws.estimate import Estimate
+from rightbatch.laws.noise_floor import NoiseFloor
 from rightbatch.study.design import Unit
 
 Edge = Literal["lowest", "highest"]
@@ -24,6 +25,9 @@ class RateFinding:
         reached: How many met the target; 0 without one.
         loss: Mean of the last losses of those that did not diverge.
         steps_to_target: Geometric mean of those that met it.
+        distance: ‖w − w₀‖ at the end, mean over seeds that did not diverge.
+        roughness: Of the watched weight's path, likewise; see `SizeFinding`.
+        noise_floor: The loss around which they waver in the end.
     """
 
     learning_rate: float
@@ -32,6 +36,9 @@ class RateFinding:
     reached: int
     loss: Estimate
     steps_to_target: Estimate
+    distance: Estimate
+    roughness: Estimate
+    noise_floor: NoiseFloor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,13 @@ class SizeFinding:
         val_loss: Likewise.
         val_metric: Likewise.
         gap: Validation loss − training loss at the end.
+        distance: ‖w − w₀‖ over all parameters at the end.
+        relative_distance: ‖w − w₀‖/‖w₀‖.
+        roughness: Of the watched weight's path, over as many epochs as all sizes did: more updates
+            give a path more room to turn round. A geometric mean; seeds at which the weight never
+            moved are left out.
+        dead: Seeds at which the watched weight never moved.
+        noise_floor: The loss around which trainings waver in the end, where they have come to it.
         reached: Trainings that met the target.
         trials: Trainings at this rate.
         steps_to_target: Geometric mean; without a value where one missed it.
@@ -66,6 +80,11 @@ class SizeFinding:
     val_loss: Estimate
     val_metric: Estimate
     gap: Estimate
+    distance: Estimate
+    relative_distance: Estimate
+    roughness: Estimate
+    dead: int
+    noise_floor: NoiseFloor
     reached: int
     trials: int
     steps_to_target: Estimate
@@ -145,6 +164,30 @@ class Comparison:
     unit: Unit
     amount: float
     sizes: tuple[EqualCost, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """The smallest and the largest batch after as many epochs, seed by seed.
+
+    Attributes:
+        quantity: `roughness` and `distance` as a ratio, `gap` as a difference: of the smaller
+            batch over (or minus) the larger.
+        at: Each at its `best` rate, or both at the `same`, where one was tried at both.
+        sizes: The smaller and the larger batch.
+        learning_rates: Of each.
+        epochs: After how many.
+        difference: The ratio, a geometric mean over seeds, or the difference, a mean.
+        certain: Whether its interval leaves out "no difference"; None without an interval.
+    """
+
+    quantity: Literal["roughness", "distance", "gap"]
+    at: Literal["best", "same"]
+    sizes: tuple[int, int]
+    learning_rates: tuple[float, float]
+    epochs: float
+    difference: Estimate
+    certain: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,6 +103,7 @@ def run_group(
     step_seconds: float | None = None,
     smallest: int = 1,
     threads: int | None = None,
+    watch: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[list[Finished], str]:
     """Runs trainings of one batch size to their end.
@@ -119,6 +120,7 @@ def run_group(
             compiling, and very few not worth stacking.
         smallest: Examples that the model needs in one pass.
         threads: How many. Default: the cores that this process may use.
+        watch: The weight to follow, as in `rightbatch.Watch`.
         progress: Told the share of the updates that is done.
 
     Returns:
@@ -130,14 +132,17 @@ def run_group(
     worth = seconds >= _WORTH_COMPILING
     most = count_cores() if threads is None else threads
     count = max(1, min(most, len(keys) // _FEWEST_IN_A_THREAD))
+
     # Interleaved, so that all take about as long: those that diverge end early.
-    parts = [_Part(workload, keys[::count], steps, engine, smallest, worth)]
+    def part(share: Sequence[TrialKey]) -> _Part:
+        return _Part(workload, share, steps, engine, smallest, worth, watch)
+
+    parts = [part(keys[::count])]
     if count > 1 and parts[0].copies.engine != "loop":
-        shares = [keys[i::count] for i in range(1, count)]
-        parts += [_Part(workload, share, steps, engine, smallest, worth) for share in shares]
+        parts += [part(keys[i::count]) for i in range(1, count)]
         _run_in_threads(parts, progress)
     else:
-        parts = parts if count == 1 else [_Part(workload, keys, steps, engine, smallest, worth)]
+        parts = parts if count == 1 else [part(keys)]
         parts[0].run(progress)
     found = {finished.key: finished for part in parts for finished in part.finished()}
     copies = parts[0].copies
@@ -165,6 +170,7 @@ class _Part:
         engine: Engine,
         smallest: int,
         worth_compiling: bool,
+        watch: str | None,
     ) -> None:
         self._keys, self._steps, self._smallest = keys, steps, smallest
         self._num_examples = workload.num_examples
@@ -175,6 +181,7 @@ class _Part:
             seeds=[key.seed for key in keys],
             engine=engine,
             worth_compiling=worth_compiling,
+            watch=watch,
         )
         self._points: list[list[EvaluationPoint]] = [[] for _ in keys]
         self._diverged = np.zeros(len(keys), dtype=bool)
@@ -269,10 +276,15 @@ def _point(evaluation: CopiesEvaluation, slot: int, step: int, examples: int) ->
         number = math.nan if of is None else float(of[slot])
         return number if math.isfinite(number) else None
 
+    watched = evaluation.watched
     return EvaluationPoint(
         step=step,
         examples=examples,
         train_loss=value(evaluation.train_loss),
         val_loss=value(evaluation.val_loss),
         val_metric=value(evaluation.val_metric),
+        distance=None if watched is None else value(watched.distance),
+        relative_distance=None if watched is None else value(watched.relative_distance),
+        weight=None if watched is None else value(watched.weight),
+        roughness=None if watched is None else value(watched.roughness),
     )

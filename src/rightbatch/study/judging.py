@@ -79,6 +79,10 @@ def summarise_trial(trial: StoredTrial, setting: Setting) -> StudyTrial:
         val_metric=shown.val_metric if shown else None,
         # One that met the target and then left the numbers is no recipe.
         steps_to_target=steps_to_target(points, setting.target) if shown else None,
+        distance=shown.distance if shown else None,
+        relative_distance=shown.relative_distance if shown else None,
+        roughness=shown.roughness if shown else None,
+        dead=shown is not None and shown.weight is not None and shown.roughness is None,
         note=trial.note,
     )
 

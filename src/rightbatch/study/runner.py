@@ -34,6 +34,7 @@ from rightbatch.study.trials import FINAL, TrialKey, TrialState
 from rightbatch.training import Training
 from rightbatch.training.evaluate import has_metric
 from rightbatch.training.model import smallest_pass
+from rightbatch.training.watching.watched_weight import find_weight, weight_name
 from rightbatch.workload import Workload, accuracy
 from rightbatch.workload.data import DatasetExamples
 from rightbatch.workload.target import Target, parse_target
@@ -63,9 +64,10 @@ class StudyRunner:
 
     Attributes:
         setting: What the numbers are about; with the step times once they are measured.
+        watching: Name of the weight whose path is followed.
 
     Raises:
-        UsageError: If the target is not evaluated.
+        UsageError: If the target is not evaluated, or there is no such weight to follow.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class StudyRunner:
         self._judged = with_training_part(workload) if on_training else workload
         model = workload.build_model(0)
         self._num_weights = sum(p.numel() for p in model.parameters())
+        self.watching = weight_name(*find_weight(model, design.watch))
         self.setting = Setting(
             num_examples=workload.num_examples,
             target=target,
@@ -140,9 +143,7 @@ class StudyRunner:
         """Runs all that has not ended; those that failed before get another chance."""
         self._database.set_state(["failed"], "waiting")
         self._measure_step_time()
-        search = GridSearch(
-            self._workload, self._design, self._database, self.setting, self._say_what
-        )
+        search = GridSearch(self._workload, self._design, self._database, self.setting, self.tell)
         executor = make_executor(
             self._judged,
             executor=self._executor,
@@ -264,6 +265,7 @@ class StudyRunner:
             engine=self._engine,
             step_seconds=step_seconds,
             smallest=self.setting.smallest,
+            watch=self._design.watch,
         )
         self._claimed[task.number] = group
         executor.submit(task)
@@ -277,8 +279,9 @@ class StudyRunner:
         text = f"batch {size:,}: {count} trainings of {task.steps:,} updates"
         self._say(text, (ended + share * count) / there)
 
-    def _say_what(self, text: str) -> None:
-        self._say(text)
+    def tell(self, what: str) -> None:
+        """Says what is being done."""
+        self._say(what)
 
     def _take_in(self, outcome: Outcome, executor: Executor, claims: Claims) -> None:
         """Writes how a group ended, or has it run again."""

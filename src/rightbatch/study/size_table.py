@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rightbatch.laws.estimate import unresolved
+from rightbatch.laws.estimate import Estimate, unresolved
+from rightbatch.laws.noise_floor import NoiseFloor, estimate_noise_floor
 from rightbatch.laws.progress import steps_per_epoch
 from rightbatch.laws.seeds import (
     best_of_rates,
@@ -24,7 +26,7 @@ from rightbatch.study.findings import (
     SizeFinding,
 )
 from rightbatch.study.judging import Setting, summarise_trial
-from rightbatch.study.trials import StudyTrial
+from rightbatch.study.trials import EvaluationPoint, StudyTrial
 
 _TIE = 1e-6
 _ENDED = ("complete", "diverged")
@@ -40,6 +42,7 @@ class SizeTable:
     Attributes:
         batch_size: Examples per update.
         rates: Learning rates, ascending.
+        seeds: Ascending.
         met: Whether any training met the target: rates are then compared by the steps to it.
         resolved: Whether any training ended with what they are compared by.
         best: Index of the best of them; 0 where nothing is resolved.
@@ -50,7 +53,7 @@ class SizeTable:
         self._setting = setting
         self.batch_size = trials[0].key.batch_size
         self.rates = tuple(sorted({trial.key.learning_rate for trial in trials}))
-        self._seeds = tuple(sorted({trial.key.seed for trial in trials}))
+        self.seeds = tuple(sorted({trial.key.seed for trial in trials}))
         self._by_key = {(t.key.learning_rate, t.key.seed): t for t in trials}
         self._rows = {key: summarise_trial(trial, setting) for key, trial in self._by_key.items()}
         self.met = any(row.steps_to_target is not None for row in self._rows.values())
@@ -75,23 +78,29 @@ class SizeTable:
             if row is None or row.state != "complete":
                 return math.nan
             if self.met:
-                loss = self._last_loss(rate, seed)
+                loss = self.last_loss(rate, seed)
                 # Where steps are equal, as at a target met at once, the loss decides.
                 tie = _TIE * math.tanh(0.0 if loss is None else loss)
                 steps = row.steps_to_target
                 return math.nan if steps is None else math.log(steps) + tie
-            loss = self._last_loss(rate, seed)
+            loss = self.last_loss(rate, seed)
             return math.nan if loss is None else loss
 
-        return np.array([[score(rate, seed) for seed in self._seeds] for rate in self.rates])
+        return np.array([[score(rate, seed) for seed in self.seeds] for rate in self.rates])
 
-    def _last_loss(self, rate: float, seed: int) -> float | None:
-        trial = self._by_key[rate, seed]
-        ended = trial.state == "complete" and trial.points
-        return self._setting.loss(trial.points[-1]) if ended else None
+    def last_loss(self, rate: float, seed: int) -> float | None:
+        """The loss with which a training ended; None where it did not end with one."""
+        return self.value_at(rate, seed, None, self._setting.loss)
 
-    def finding(self) -> SizeFinding:
-        """What the trainings of this size say."""
+    def finding(self, epochs: float | None = None) -> SizeFinding:
+        """What the trainings of this size say.
+
+        Args:
+            epochs: After how many the roughness of paths is compared. Default: at the end.
+
+        Returns:
+            The finding.
+        """
         rate, setting = self.rates[self.best], self._setting
         rows = self.rows_at(rate)
         ended = [row for row in rows if row.state == "complete"]
@@ -104,7 +113,7 @@ class SizeTable:
         to_target = geometric_mean_over_seeds(met) if has_target else none
         return SizeFinding(
             batch_size=B,
-            learning_rate=rate_interval(self.rates, self.best, self.drawn, len(self._seeds)),
+            learning_rate=rate_interval(self.rates, self.best, self.drawn, len(self.seeds)),
             at_edge=self.at_edge,
             stable_edge=self._stable_edge(),
             steps=max((row.steps for row in rows), default=0),
@@ -119,6 +128,11 @@ class SizeTable:
                     for row in ended
                 ]
             ),
+            distance=mean_over_seeds([row.distance for row in ended]),
+            relative_distance=mean_over_seeds([row.relative_distance for row in ended]),
+            roughness=self._roughness(rate, epochs),
+            dead=sum(row.dead for row in ended),
+            noise_floor=self._noise_floor(rate),
             reached=sum(steps is not None for steps in met),
             trials=len(rows),
             steps_to_target=to_target,
@@ -128,7 +142,7 @@ class SizeTable:
             seconds_to_target=unresolved(len(rows), "step time not measured")
             if seconds is None or not has_target
             else geometric_mean_over_seeds(met, seconds),
-            rates=tuple(self._rate_finding(rate) for rate in self.rates),
+            rates=tuple(self._rate_finding(rate, epochs) for rate in self.rates),
         )
 
     @property
@@ -138,10 +152,50 @@ class SizeTable:
             return "lowest"
         return "highest" if self.best == len(self.rates) - 1 else None
 
-    def _rate_finding(self, rate: float) -> RateFinding:
+    def value_at(
+        self,
+        rate: float,
+        seed: int,
+        epochs: float | None,
+        of: Callable[[EvaluationPoint], float | None],
+    ) -> float | None:
+        """A quantity of a training that ended well, at its last evaluation within some epochs.
+
+        Args:
+            rate: Its learning rate.
+            seed: Its seed.
+            epochs: How many, or None for all.
+            of: The quantity.
+
+        Returns:
+            Its value; None where there is none.
+        """
+        trial = self._by_key.get((rate, seed))
+        if trial is None or trial.state != "complete":
+            return None
+        most = math.inf if epochs is None else epochs * self._setting.num_examples * (1 + 1e-9)
+        within = [point for point in trial.points if point.examples <= most]
+        return of(within[-1]) if within else None
+
+    def _roughness(self, rate: float, epochs: float | None) -> Estimate:
+        found = [self.value_at(rate, s, epochs, lambda point: point.roughness) for s in self.seeds]
+        # In logarithms: it is a ratio of at least 1, and few seeds spread far.
+        mean = geometric_mean_over_seeds([value for value in found if value is not None])
+        return mean if mean.low is None else dataclasses.replace(mean, low=max(1.0, mean.low))
+
+    def _noise_floor(self, rate: float) -> NoiseFloor:
+        curves: list[tuple[list[int], list[float]]] = []
+        for trial in self.trials_at(rate):
+            known = [(p.step, self._setting.loss(p)) for p in trial.points]
+            pairs = [(step, loss) for step, loss in known if loss is not None]
+            if trial.state == "complete" and pairs:
+                curves.append(([step for step, _ in pairs], [loss for _, loss in pairs]))
+        return estimate_noise_floor(curves)
+
+    def _rate_finding(self, rate: float, epochs: float | None) -> RateFinding:
         rows = self.rows_at(rate)
         met = [row.steps_to_target for row in rows if row.steps_to_target is not None]
-        losses = [self._last_loss(rate, row.seed) for row in rows]
+        losses = [self.last_loss(rate, row.seed) for row in rows]
         return RateFinding(
             learning_rate=rate,
             trials=len(rows),
@@ -151,6 +205,9 @@ class SizeTable:
             steps_to_target=geometric_mean_over_seeds(met)
             if met
             else unresolved(len(rows), "not met"),
+            distance=mean_over_seeds([row.distance for row in rows]),
+            roughness=self._roughness(rate, epochs),
+            noise_floor=self._noise_floor(rate),
         )
 
     def _stable_edge(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Literal
 
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import read_record, write_record
+from rightbatch.study.contrasts import common_epochs, contrast_sizes
 from rightbatch.study.database import StudyDatabase
 from rightbatch.study.design import BatchSizes, LearningRates, StudyDesign, make_design
 from rightbatch.study.equal_costs import compare_sizes
 from rightbatch.study.executors import ExecutorName
-from rightbatch.study.findings import Best, Comparison, Fits, SizeFinding
+from rightbatch.study.findings import Best, Comparison, Contrast, Fits, SizeFinding
+from rightbatch.study.gradients import StudyGradients, study_gradients
 from rightbatch.study.group import Engine
 from rightbatch.study.judging import summarise_trial
 from rightbatch.study.over_sizes import choose_best, fit_sizes
@@ -56,11 +59,15 @@ class Study:
         design: What was run.
         state: `stopped` where it was interrupted; it can be gone on with.
         engines: What ran the trainings, and why.
+        watching: Name of the weight whose path was followed.
         trials: Every training, by batch size, learning rate and seed.
         sizes: What the trainings of each batch size say.
         fits: What holds over the sizes.
         comparisons: The sizes at equal epochs, steps, examples and modelled seconds.
+        contrasts: How rough paths are, how far from the initial weights they end, and the gap
+            between validation and training loss: the smallest batch against the largest.
         best: The pair to train with; None where no training ended with a loss.
+        gradients: How batches' gradients scatter around the full one.
         cost: What it took.
         warnings: What a reader should know.
     """
@@ -71,11 +78,14 @@ class Study:
     design: StudyDesign
     state: Literal["complete", "stopped"]
     engines: tuple[str, ...]
+    watching: str
     trials: tuple[StudyTrial, ...]
     sizes: tuple[SizeFinding, ...]
     fits: Fits
     comparisons: tuple[Comparison, ...]
+    contrasts: tuple[Contrast, ...]
     best: Best | None
+    gradients: StudyGradients
     cost: StudyCost
     warnings: tuple[str, ...]
 
@@ -108,6 +118,7 @@ def run_study(
     examples: int | None = None,
     seconds: float | None = None,
     target: str | None = None,
+    watch: str = "first",
     engine: Engine = "auto",
     executor: ExecutorName = "local",
     workers: int = 1,
@@ -134,6 +145,8 @@ def run_study(
         examples: Or training examples.
         seconds: Or seconds that the training loop would take, by the measured step time.
         target: What counts as trained, such as `val_loss<=0.15`. Default: the workload's.
+        watch: The weight whose path is followed, such as `0.weight[3,1]`. Default: the first
+            weight of the first layer.
         engine: `compiled`, `vmapped`, `loop`, or `auto`.
         executor: Where trainings run: `local`, or `ray`: on the Ray cluster that this process is
             connected to or finds, otherwise on one that it starts here.
@@ -173,6 +186,7 @@ def run_study(
         learning_rates=learning_rates,
         seeds=seeds,
         target=target if target is not None else workload.target,
+        watch=watch,
         **lengths,  # pyright: ignore[reportArgumentType] (each has its own type)
     )
     begun = time.perf_counter()
@@ -204,16 +218,31 @@ def run_study(
             state = "stopped"
         seconds_taken = time.perf_counter() - begun
         study = _conclude(workload, database, runner, design, state, seconds_taken)
+        if state == "complete":
+            study = _with_gradients(study, workload, database, runner, begun)
         if folder is not None:
             write_record(folder / "study.json", study, schema=SCHEMA)
             write_tidy(folder, study.trials, database.trials(), workload.num_examples)
         ended = sum(trial.state in FINAL for trial in study.trials)
-        database.tell(state, f"{ended} trainings have ended")
+        database.tell(study.state, f"{ended} trainings have ended")
     finally:
         database.close()
     if study.trials and all(trial.state == "failed" for trial in study.trials):
         raise ProbeError(f"Every training failed. The first: {study.trials[0].note}")
     return study
+
+
+def _with_gradients(
+    study: Study, workload: Workload, database: StudyDatabase, runner: StudyRunner, begun: float
+) -> Study:
+    """The study with the picture of its gradients; stopped, where that was interrupted."""
+    runner.tell("gradients: error and direction against batch size")
+    try:
+        found = study_gradients(workload, database, study.design, runner.setting, study.best)
+    except KeyboardInterrupt:
+        return dataclasses.replace(study, state="stopped")
+    cost = dataclasses.replace(study.cost, seconds=time.perf_counter() - begun)
+    return dataclasses.replace(study, gradients=found, cost=cost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +295,8 @@ def _conclude(
     stored, setting = database.trials(), runner.setting
     stored.sort(key=lambda t: (t.key.batch_size, t.key.learning_rate, t.key.seed))
     tables = [table for table in tables_of(stored, setting) if table.resolved]
-    sizes = tuple(table.finding() for table in tables)
+    epochs = common_epochs(tables, setting)
+    sizes = tuple(table.finding(epochs) for table in tables)
     trials = tuple(summarise_trial(trial, setting) for trial in stored)
     return Study(
         workload=workload.name,
@@ -275,11 +305,14 @@ def _conclude(
         design=design,
         state=state,
         engines=runner.engines,
+        watching=runner.watching,
         trials=trials,
         sizes=sizes,
         fits=fit_sizes(tables, sizes, setting),
         comparisons=compare_sizes(tables, setting),
+        contrasts=contrast_sizes(tables, setting),
         best=choose_best(sizes, setting),
+        gradients=StudyGradients(record=None, skipped="the study was stopped before"),
         cost=StudyCost(examples=sum(trial.examples for trial in trials), seconds=seconds),
         warnings=tuple(_warnings(design, trials, tables, sizes)),
     )

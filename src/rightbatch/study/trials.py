@@ -48,6 +48,10 @@ class EvaluationPoint:
         train_loss: Mean loss of the updates since the evaluation before; None without any.
         val_loss: Validation loss, or None without validation data.
         val_metric: Validation metric, or None without one.
+        distance: ‖w − w₀‖ over all parameters; None where the weights were not watched.
+        relative_distance: ‖w − w₀‖/‖w₀‖.
+        weight: The value of the watched weight.
+        roughness: Of its path over the updates so far; None where it never moved.
     """
 
     step: int
@@ -55,6 +59,10 @@ class EvaluationPoint:
     train_loss: float | None
     val_loss: float | None
     val_metric: float | None
+    distance: float | None = None
+    relative_distance: float | None = None
+    weight: float | None = None
+    roughness: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,10 @@ class StudyTrial:
         val_metric: At the last evaluation.
         steps_to_target: Where the target was first met, interpolated between evaluations; None
             where it was not, or there is none.
+        distance: ‖w − w₀‖ over all parameters, at the last evaluation.
+        relative_distance: ‖w − w₀‖/‖w₀‖.
+        roughness: Of the watched weight's path over all updates; None where it never moved.
+        dead: Whether the watched weight never moved.
         note: Why it failed, or empty.
     """
 
@@ -89,4 +101,8 @@ class StudyTrial:
     val_loss: float | None
     val_metric: float | None
     steps_to_target: float | None
+    distance: float | None = None
+    relative_distance: float | None = None
+    roughness: float | None = None
+    dead: bool = False
     note: str = ""

@@ -23,6 +23,7 @@ class GroupTask:
         engine: What runs them.
         step_seconds: Of one update in the training loop, or None.
         smallest: Examples that the model needs in one pass.
+        watch: The weight to follow, as in `rightbatch.Watch`; None watches nothing.
     """
 
     number: int
@@ -31,6 +32,7 @@ class GroupTask:
     engine: Engine
     step_seconds: float | None
     smallest: int
+    watch: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

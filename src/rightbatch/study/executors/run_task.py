@@ -37,6 +37,7 @@ def run_task(
             engine=task.engine,
             step_seconds=task.step_seconds,
             smallest=task.smallest,
+            watch=task.watch,
             threads=threads,
             progress=progress,
         )

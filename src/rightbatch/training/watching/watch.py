@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from rightbatch.errors import UsageError
 from rightbatch.laws.path import path_roughness
-from rightbatch.training.model import make_model
 from rightbatch.training.watching.callbacks import Callback, Point, StepRecord, StepRecords
+from rightbatch.training.watching.distance import distance_from, initial_weights
 from rightbatch.training.watching.watched_weight import WatchedWeight
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Watch(Callback):
         self._weights = [WatchedWeight(training.model, n, training.epochs) for n in self._asked]
         self._paths = [array("d") for _ in self._weights]
         if self._wants_distance:
-            self._initial = _initial_weights(training)
+            self._initial = initial_weights(training)
             self._measure_distance(training)
 
     def on_step(self, training: Training) -> None:
@@ -192,7 +192,7 @@ class Watch(Callback):
         measured = [position[0] for position, _ in self._unread[-1:]]
         measured += [distance.step for distance in self._distances[-1:]]
         if training.steps not in measured:
-            self._unread.append((here, _distance(training.model, self._initial)))
+            self._unread.append((here, distance_from(self._initial, training.model)))
 
     def _read_distances(self) -> None:
         """Fetches the distances; not in the step, since on a GPU that waits."""
@@ -307,25 +307,3 @@ def _frozen(values: Iterable[float]) -> Array:
     made = np.array(values if isinstance(values, array) else list(values), dtype=np.float64)
     made.flags.writeable = False
     return made
-
-
-def _initial_weights(training: Training) -> list[Tensor]:
-    """A copy of the weights that the run began with, which depend on its seed alone."""
-    model: nn.Module = training.model
-    if training.steps:
-        model, _ = make_model(training.workload, training.recipe, training.seed, training.device)
-        return [parameter.detach() for parameter in model.parameters()]
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def _distance(model: nn.Module, initial: Sequence[Tensor]) -> Tensor:
-    with torch.no_grad():
-        moved = [
-            torch.linalg.vector_norm(_exact_enough(now.detach() - before)).double()
-            for now, before in zip(model.parameters(), initial, strict=True)
-        ]
-        return torch.linalg.vector_norm(torch.stack(moved)) if moved else torch.zeros(())
-
-
-def _exact_enough(difference: Tensor) -> Tensor:
-    return difference.float() if difference.dtype in (torch.bfloat16, torch.half) else difference

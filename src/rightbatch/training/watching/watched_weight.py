@@ -64,9 +64,16 @@ class WatchedWeight:
 
     def look(self) -> None:
         """Notes the value of now."""
+        self._unread.append(self._value())
+
+    def value(self) -> float:
+        """The value of now; on a GPU this waits for the device."""
+        return float(self._value())
+
+    def _value(self) -> Any:
         if self._parameter.data_ptr() != self._pointer:
             self._bind()
-        self._unread.append(self._read())
+        return self._read()
 
     def take(self) -> list[float]:
         """The values of all updates that were judged since the last call."""
