@@ -175,3 +175,34 @@ def test_ctrl_c_prints_what_is_known_and_can_be_gone_on_with(tmp_path: Path) -> 
     study: Any = read_record(tmp_path / "here" / "study.json", Study, schema=SCHEMA)
     states = {t.batch_size: t.state for t in study.trials}
     assert states == {1: "stopped", 100: "complete", 1000: "complete"}
+
+
+def test_a_race_says_what_it_dropped_and_what_it_cost(capsys: Captured) -> None:
+    asked = (*SMALL[:4], "--learning-rates", "0.02:20:9", "--seeds", "2", "--epochs", "60",
+             "--quiet", "--search", "race")  # fmt: skip
+    assert main([*asked, "--run", "here", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    rungs = data["race"]["rungs"]
+    assert rungs[0]["cells"] == 18 and rungs[0]["dropped"] > 5
+    shares = [trial["share"] for trial in data["trials"]]
+    assert min(shares) < 1.0 and max(shares) == 1.0
+    assert main(["study", "max3", "--resume", "here", "--quiet"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"The race: of 18 pairs it dropped \d+ after", text)
+    assert re.search(r"it took \d+ % of the modelled seconds and \d+ % of the examples", text)
+
+
+def test_a_sampler_and_its_export(capsys: Captured) -> None:
+    optuna = pytest.importorskip("optuna")
+    asked = [*SMALL, "--search", "random", "--trials", "4", "--export-optuna", "sqlite:///o.db"]
+    assert main([*asked, "--run", "here"]) == 0
+    assert "Cost: 8 trainings" in capsys.readouterr().out
+    made = optuna.load_study(study_name="max3", storage="sqlite:///o.db")
+    assert len(made.trials) == 8 and made.trials[0].intermediate_values
+    assert main([*asked, "--run", "there"]) == 2  # before anything is run
+    assert "sqlite:///o.db holds a study 'max3'" in capsys.readouterr().err
+    assert not Path("there").exists()
+    assert main(["study", "max3", "--resume", "here", "--quiet", "--trials", "4"]) == 2
+    assert "Drop --trials" in capsys.readouterr().err
+    assert main([*SMALL, "--trials", "4"]) == 2
+    assert "the search 'grid' decides itself" in capsys.readouterr().err

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rightbatch.recipe import Recipe as Recipe
     from rightbatch.study.carry_over import CarryOver as CarryOver
     from rightbatch.study.carry_over import compare_choices as compare_choices
+    from rightbatch.study.export_optuna import export_to_optuna as export_to_optuna
     from rightbatch.study.sharpness import compare_sharpness as compare_sharpness
     from rightbatch.study.study import Study as Study
     from rightbatch.study.study import run_study as run_study
@@ -52,6 +53,7 @@ _HOME = {
     "Workload": "rightbatch.workload",
     "accuracy": "rightbatch.workload",
     "check_workload": "rightbatch.workload",
+    "export_to_optuna": "rightbatch.study.export_optuna",
     "compare_sharpness": "rightbatch.study.sharpness",
     "compare_choices": "rightbatch.study.carry_over",
     "find_max_micro_batch": "rightbatch.probes.find_max_micro_batch",
@@ -87,6 +89,7 @@ __all__ = [
     "check_workload",
     "compare_choices",
     "compare_sharpness",
+    "export_to_optuna",
     "find_learning_rate",
     "find_max_micro_batch",
     "load_workload",

@@ -19,6 +19,7 @@ from rightbatch.plan.study_around import NO_STUDY, predict_seconds, sizes_around
 from rightbatch.store import read_record, write_record
 from rightbatch.study.design import Unit, make_design
 from rightbatch.study.findings import Best, Comparison, EqualCost, Fits, SizeFinding
+from rightbatch.study.gradients import StudyGradients
 from rightbatch.study.study import Study, StudyCost
 
 
@@ -69,6 +70,9 @@ def planted_study(
         fits=Fits(critical_batch=nothing, min_steps=nothing, min_examples=nothing,
                   rate_exponent=nothing, rate_rules=(), pareto=(), notes=()),
         comparisons=comparisons,
+        watching="0.weight[0,0]",
+        contrasts=(),
+        gradients=StudyGradients(record=None, skipped="planted"),
         best=Best(batch_size=max(steps), learning_rate=1.0, because="planted"),
         cost=StudyCost(examples=10_000, seconds=1.0),
         warnings=("A warning of the study.",),

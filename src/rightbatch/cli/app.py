@@ -200,6 +200,13 @@ def study(
     target: Annotated[
         str | None, typer.Option(help="Such as 'val_loss<=0.15'. Default: the workload's.")
     ] = None,
+    search: Annotated[
+        Literal["grid", "race", "tpe", "gp", "random"],
+        typer.Option(help="All pairs; the better ones farther; or those a sampler asks for."),
+    ] = "grid",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Pairs that a sampler asks for. Default: 20.")
+    ] = None,
     watch: Annotated[
         str, typer.Option(help="The weight whose path is followed, such as '0.weight[3,1]'.")
     ] = "first",
@@ -237,6 +244,10 @@ def study(
     executor: Annotated[
         Literal["local", "ray"], typer.Option(help="Or run them on a Ray cluster.")
     ] = "local",
+    export_optuna: Annotated[
+        str | None,
+        typer.Option(help="URL, such as sqlite:///optuna.db, for optuna-dashboard to open."),
+    ] = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -250,6 +261,7 @@ def study(
         run=run,
         resume=resume,
         keep=not no_run,
+        export_optuna=export_optuna,
         threads=threads,
         batch_sizes=batch_sizes,
         learning_rates=learning_rates,
@@ -259,6 +271,8 @@ def study(
         examples=examples,
         seconds=seconds,
         target=target,
+        search=search,
+        trials=trials,
         watch=watch,
         label_noise=label_noise,
         dataset_sizes=dataset_sizes,

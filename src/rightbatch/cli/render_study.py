@@ -8,7 +8,7 @@ from rightbatch.cli.render_minima import gradient_sentences, minima_sentences, m
 from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
-from rightbatch.study.findings import Comparison, SizeFinding
+from rightbatch.study.findings import Comparison, RaceFinding, SizeFinding
 from rightbatch.study.study import Study
 
 _MOST_NOTES = 6
@@ -33,6 +33,8 @@ def study_text(study: Study) -> str:
     parts += [wrap(sentence) for sentence in (*minima_sentences(study), *_over_sizes(study))]
     if study.sizes:
         parts += [wrap(sentence) for sentence in gradient_sentences(study)]
+    if study.race is not None:
+        parts.append(wrap(_race(study, study.race)))
     notes = (*study.warnings, *study.fits.notes)
     parts += [wrap(f"Note: {note}") for note in notes[:_MOST_NOTES]]
     if len(notes) > _MOST_NOTES:
@@ -233,6 +235,27 @@ def _rules(study: Study) -> str:
     if not parts:
         return ""
     return f" From batch {study.fits.rate_rules[0].begins_at:,}, {_listed(parts)}."
+
+
+def _race(study: Study, race: RaceFinding) -> str:
+    dropped = [
+        f"{rung.dropped} after {_cost_of(rung.amount, rung.unit)}"
+        for rung in race.rungs
+        if rung.dropped
+    ]
+    pairs = len({(trial.batch_size, trial.learning_rate) for trial in study.trials})
+    cost = f"{100 * race.examples_of_grid:.0f} % of the examples"
+    if race.seconds_of_grid is not None:
+        cost = f"{100 * race.seconds_of_grid:.0f} % of the modelled seconds and {cost}"
+    kept = f"of {pairs} pairs it dropped {_listed(dropped)}" if dropped else "it dropped nothing"
+    return (
+        f"The race: {kept}. With what was run again it took {cost} that all pairs take to "
+        "their end."
+    )
+
+
+def _cost_of(amount: float, unit: str) -> str:
+    return show_seconds(amount) if unit == "seconds" else f"{show_number(amount)} {unit}"
 
 
 def _cost(study: Study) -> str:

@@ -14,6 +14,7 @@ from rightbatch.errors import UsageError
 from rightbatch.plan.records import Plan
 from rightbatch.store import dump_record, make_run_directory, read_record
 from rightbatch.study.design import StudyDesign, Unit, sizes_around
+from rightbatch.study.export_optuna import check_optuna_place, export_to_optuna
 from rightbatch.study.study import SCHEMA, Storage, Study, read_design, run_study
 from rightbatch.study.sweep import read_sweep_design
 
@@ -25,6 +26,7 @@ def run(
     run: Path | None,
     resume: Path | None,
     keep: bool,
+    export_optuna: str | None = None,
     threads: int | None = None,
     label_noise: str | None = None,
     dataset_sizes: str | None = None,
@@ -39,6 +41,7 @@ def run(
         run: Where its files are kept.
         resume: Or the folder of a study to go on with.
         keep: Whether anything is kept.
+        export_optuna: Where it is written as a study of Optuna too, once it is complete.
         threads: CPU threads, or None for torch's default.
         label_noise: Shares of wrong labels, a study of each.
         dataset_sizes: Or parts of the training set.
@@ -79,6 +82,9 @@ def run(
     with output.progress(f"Study of {reference}") as report:
         report(f"Checking {reference}")
         workload = open_workload(reference, "cpu", threads)
+        exported = options["name"] or workload.name
+        if export_optuna is not None:
+            check_optuna_place(export_optuna, exported)
         folder = resume or run
         if folder is None and keep:
             folder = make_run_directory("runs", f"study-{workload.name}")
@@ -86,10 +92,14 @@ def run(
             workload, run_directory=folder, threads=threads, progress=report, **options
         )
     output.result(lambda: _text(study, folder), lambda: _data(study, folder))
+    if export_optuna is not None and study.state == "complete":
+        export_to_optuna(folder or study, export_optuna, name=exported)
     return 130 if study.state == "stopped" else 0
 
 
-_DEFAULTS = {"batch_sizes": "auto", "learning_rates": "auto", "seeds": 3, "watch": "first"}
+_DEFAULTS = {
+    "batch_sizes": "auto", "learning_rates": "auto", "seeds": 3, "watch": "first", "search": "grid",
+}  # fmt: skip
 
 
 def _sizes_of_plan(path: Path) -> tuple[int, ...]:
@@ -101,8 +111,8 @@ def _sizes_of_plan(path: Path) -> tuple[int, ...]:
 
 def _refuse_design(options: dict[str, Any]) -> None:
     """What is gone on with has the design that it was begun with."""
-    asked = ("batch_sizes", "learning_rates", "seeds", "target", "watch", *get_args(Unit))
-    asked = (*asked, "label_noise", "dataset_sizes")
+    asked = ("batch_sizes", "learning_rates", "seeds", "target", "watch", "search", "trials")
+    asked = (*asked, "label_noise", "dataset_sizes", *get_args(Unit))
     given = [name for name in asked if options[name] != _DEFAULTS.get(name)]
     if given:
         names = ", ".join(_option(name) for name in given)
@@ -124,6 +134,8 @@ def _as_begun(design: StudyDesign, storage: Storage | None) -> dict[str, Any]:
         "learning_rates": design.learning_rates or "auto",
         "seeds": design.seeds,
         "target": design.target,
+        "search": design.search,
+        "trials": design.trials,
         "watch": design.watch,
         **lengths,
     }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from rightbatch.probes.learning_rate import LearningRateRecord, find_learning_rate
+from rightbatch.study.database import StudyDatabase
+from rightbatch.study.design import StudyDesign
 from rightbatch.study.size_table import SizeTable
 from rightbatch.workload import Workload
 
+_FIRST_RATES = "first rates"
 _BELOW, _ABOVE = 4, 1
 """Octaves around the rate of the ramp's least loss: the best one of a training is mostly below."""
 _FARTHER = 2
@@ -34,6 +38,30 @@ def first_rates(workload: Workload, batch_size: int) -> tuple[float, ...]:
     octave = _octave_of_least_loss(record)
     centre = _OTHERWISE if octave is None else octave
     return tuple(2.0**k for k in range(centre - _BELOW, centre + _ABOVE + 1))
+
+
+def settle_first_rates(
+    workload: Workload, design: StudyDesign, database: StudyDatabase, say: Callable[[str], None]
+) -> dict[int, Sequence[float]]:
+    """The rates that each size of a design begins with: tested once, and kept in the database.
+
+    Args:
+        workload: What to train.
+        design: Of the study.
+        database: Where they are kept.
+        say: Told what is being done.
+
+    Returns:
+        Rates by batch size, ascending.
+    """
+    found = database.fact(_FIRST_RATES)
+    if found is None:
+        tested: dict[str, Sequence[float]] = {}
+        for size in design.batch_sizes:
+            say(f"learning rate: range test at batch {size:,}")
+            tested[str(size)] = first_rates(workload, size)
+        found = database.settle_fact(_FIRST_RATES, tested)
+    return {int(size): rates for size, rates in found.items()}
 
 
 def _octave_of_least_loss(record: LearningRateRecord) -> int | None:

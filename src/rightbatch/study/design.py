@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -17,6 +17,10 @@ FULL = "full"
 BatchSizes = Sequence[int | str] | str
 LearningRates = Sequence[float] | str
 Unit = Literal["epochs", "steps", "examples", "seconds"]
+SearchName = Literal["grid", "race", "tpe", "gp", "random"]
+SAMPLERS: tuple[SearchName, ...] = ("tpe", "gp", "random")
+"""Searches that Optuna's samplers do."""
+DEFAULT_TRIALS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,8 @@ class StudyDesign:
         seeds: Each decides initial weights and data order, alike at every size and rate.
         budget: How far every training goes.
         target: What counts as trained, such as `val_loss<=0.15`, or None.
+        search: Which of the pairs are run, and how far.
+        trials: How many pairs, where a sampler chooses them; otherwise None.
         watch: The weight whose path is followed in every training, such as `0.weight[3,1]`, or
             `first`: the first weight of the first layer.
     """
@@ -78,6 +84,8 @@ class StudyDesign:
     seeds: tuple[int, ...]
     budget: Budget
     target: str | None = None
+    search: SearchName = "grid"
+    trials: int | None = None
     watch: str = "first"
 
 
@@ -113,6 +121,8 @@ def make_design(
     examples: int | None = None,
     seconds: float | None = None,
     target: str | None = None,
+    search: SearchName = "grid",
+    trials: int | None = None,
     watch: str = "first",
 ) -> StudyDesign:
     """A design from what a user writes.
@@ -129,6 +139,9 @@ def make_design(
         examples: Or training examples.
         seconds: Or modelled seconds.
         target: What counts as trained.
+        search: Which pairs are run: all (`grid`), all for a part of their way and the better ones
+            farther (`race`), or those that a sampler of Optuna asks for (`tpe`, `gp`, `random`).
+        trials: How many pairs a sampler asks for. Default: 20.
         watch: The weight to follow.
 
     Returns:
@@ -152,8 +165,25 @@ def make_design(
             [("epochs", epochs), ("steps", steps), ("examples", examples), ("seconds", seconds)]
         ),
         target=target,
+        search=search,
+        trials=_read_trials(search, trials),
         watch=watch,
     )
+
+
+def _read_trials(search: SearchName, trials: int | None) -> int | None:
+    if search not in get_args(SearchName):
+        raise UsageError(f"The search is {search!r}. Choose {', '.join(get_args(SearchName))}.")
+    if search not in SAMPLERS:
+        if trials is not None:
+            raise UsageError(
+                f"trials is {trials}, and the search {search!r} decides itself how many pairs are "
+                f"run. Drop it, or choose {', '.join(SAMPLERS)}."
+            )
+        return None
+    if trials is not None and trials < 1:
+        raise UsageError(f"trials is {trials}. Ask for at least one pair.")
+    return DEFAULT_TRIALS if trials is None else trials
 
 
 def _read_sizes(asked: BatchSizes, num_examples: int) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ class RateFinding:
         distance: ‖w − w₀‖ at the end, mean over seeds that did not diverge.
         roughness: Of the watched weight's path, likewise; see `SizeFinding`.
         noise_floor: The loss around which they waver in the end.
+        share: Of their way, how far they went; below 1 where a race dropped the rate.
     """
 
     learning_rate: float
@@ -39,6 +40,7 @@ class RateFinding:
     distance: Estimate
     roughness: Estimate
     noise_floor: NoiseFloor
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,3 +205,39 @@ class Best:
     batch_size: int
     learning_rate: float
     because: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceRung:
+    """One rung of a race over the grid.
+
+    Attributes:
+        amount: What a training costs that goes as far as this rung; one that costs less in all has
+            come to its end.
+        unit: Of the amount.
+        cells: Pairs of batch size and learning rate on it.
+        dropped: How many of them went no farther.
+    """
+
+    amount: float
+    unit: Unit
+    cells: int
+    dropped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceFinding:
+    """What a race over the grid dropped, and what it cost.
+
+    Attributes:
+        rungs: Those that ended, the first one first.
+        examples_of_grid: Examples of all trainings, those that were begun anew included, over those
+            of the full grid.
+        seconds_of_grid: Likewise in modelled seconds; None where the step time was not measured.
+        repeated_examples: Of trainings that were begun again to go farther.
+    """
+
+    rungs: tuple[RaceRung, ...]
+    examples_of_grid: float
+    seconds_of_grid: float | None
+    repeated_examples: int

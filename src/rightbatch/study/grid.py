@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from rightbatch.study.auto_rates import farther_rates, first_rates
+from rightbatch.study.auto_rates import farther_rates, settle_first_rates
 from rightbatch.study.database import StoredTrial, StudyDatabase
 from rightbatch.study.design import StudyDesign
 from rightbatch.study.judging import Setting
 from rightbatch.study.size_table import tables_of
 from rightbatch.study.trials import Asked, TrialKey
 from rightbatch.workload import Workload
-
-_FIRST_RATES = "first rates"
 
 
 class GridSearch:
@@ -43,7 +41,8 @@ class GridSearch:
         if rates is not None:
             return self._cells((size, rates) for size in self._design.batch_sizes)
         if not trials:
-            return self._cells(self._first_rates().items())
+            first = settle_first_rates(self._workload, self._design, self._database, self._say)
+            return self._cells(first.items())
         tables = tables_of(trials, self._setting)
         return self._cells((table.batch_size, farther_rates(table)) for table in tables)
 
@@ -54,13 +53,3 @@ class GridSearch:
             for rate in rates
             for seed in self._design.seeds
         ]
-
-    def _first_rates(self) -> dict[int, Sequence[float]]:
-        found = self._database.fact(_FIRST_RATES)
-        if found is None:
-            tested: dict[str, Sequence[float]] = {}
-            for size in self._design.batch_sizes:
-                self._say(f"learning rate: range test at batch {size:,}")
-                tested[str(size)] = first_rates(self._workload, size)
-            found = self._database.settle_fact(_FIRST_RATES, tested)
-        return {int(size): rates for size, rates in found.items()}

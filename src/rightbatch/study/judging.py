@@ -83,6 +83,7 @@ def summarise_trial(trial: StoredTrial, setting: Setting) -> StudyTrial:
         relative_distance=shown.relative_distance if shown else None,
         roughness=shown.roughness if shown else None,
         dead=shown is not None and shown.weight is not None and shown.roughness is None,
+        share=trial.share,
         note=trial.note,
     )
 

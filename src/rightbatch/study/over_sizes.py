@@ -56,7 +56,7 @@ def fit_sizes(
             notes += fit.warnings
     # A rate that is best by another measure than the others' is no point of the same line.
     alike = [t for t in tables if t.met] if any(t.met for t in tables) else tables
-    inside = [table for table in alike if table.at_edge is None]
+    inside = [table for table in alike if table.bracketed]
     inside_sizes = {table.batch_size for table in inside}
     exponent = unresolved(len(inside), "fewer than three sizes with a best rate inside the grid")
     if len(inside) >= _LEAST_SIZES:
@@ -69,7 +69,7 @@ def fit_sizes(
     else:
         notes.append(
             f"How the best learning rate follows the batch is not resolved: {len(inside)} sizes "
-            f"have it inside the rates tried; {_LEAST_SIZES} are needed."
+            f"have it between rates run to their end; {_LEAST_SIZES} are needed."
         )
     return Fits(
         critical_batch=critical,

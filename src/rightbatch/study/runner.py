@@ -26,10 +26,12 @@ from rightbatch.study.executors import (
     Outcome,
     make_executor,
 )
-from rightbatch.study.grid import GridSearch
+from rightbatch.study.findings import RaceFinding
 from rightbatch.study.group import Engine, Finished, most_together, runs_one_by_one
 from rightbatch.study.judging import Setting
+from rightbatch.study.race_search import RaceSearch
 from rightbatch.study.search import Search
+from rightbatch.study.searches import make_search
 from rightbatch.study.trials import FINAL, TrialKey, TrialState
 from rightbatch.training import Training
 from rightbatch.training.evaluate import has_metric
@@ -94,6 +96,7 @@ class StudyRunner:
         self._losses: Counter[TrialKey] = Counter()
         self._ended: tuple[int, int] | None = None
         self._one_by_one: bool | None = None
+        self._search: Search | None = None
         target = None if design.target is None else parse_target(design.target)
         _check_target(target, workload)
         on_training = workload.val_examples is None or (
@@ -143,7 +146,6 @@ class StudyRunner:
         """Runs all that has not ended; those that failed before get another chance."""
         self._database.set_state(["failed"], "waiting")
         self._measure_step_time()
-        search = GridSearch(self._workload, self._design, self._database, self.setting, self.tell)
         executor = make_executor(
             self._judged,
             executor=self._executor,
@@ -154,6 +156,14 @@ class StudyRunner:
         claims = Claims(self._database)
         left: TrialState = "waiting"
         try:
+            search = self._search = make_search(
+                self._workload,
+                self._design,
+                self._database,
+                self.setting,
+                self.tell,
+                at_once=executor.capacity,
+            )
             self._run_rounds(search, executor, claims)
         except KeyboardInterrupt:
             left = "waiting" if self._database.shared else "stopped"  # others may go on with it
@@ -163,6 +173,12 @@ class StudyRunner:
             claims.close(left)
             if left == "stopped":
                 self._database.set_state(["waiting"], "stopped")
+
+    def race(self) -> RaceFinding | None:
+        """What a race dropped and what it cost; None for any other search."""
+        if not isinstance(self._search, RaceSearch):
+            return None
+        return self._search.finding(self._database.trials())
 
     @property
     def engines(self) -> tuple[str, ...]:

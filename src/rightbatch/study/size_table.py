@@ -43,6 +43,8 @@ class SizeTable:
         batch_size: Examples per update.
         rates: Learning rates, ascending.
         seeds: Ascending.
+        whole: Indices of those whose trainings were all asked to go the whole way: only these are
+            compared. A race leaves some out.
         met: Whether any training met the target: rates are then compared by the steps to it.
         resolved: Whether any training ended with what they are compared by.
         best: Index of the best of them; 0 where nothing is resolved.
@@ -56,7 +58,13 @@ class SizeTable:
         self.seeds = tuple(sorted({trial.key.seed for trial in trials}))
         self._by_key = {(t.key.learning_rate, t.key.seed): t for t in trials}
         self._rows = {key: summarise_trial(trial, setting) for key, trial in self._by_key.items()}
-        self.met = any(row.steps_to_target is not None for row in self._rows.values())
+        self.whole = tuple(
+            i
+            for i, rate in enumerate(self.rates)
+            if all(row.share == 1.0 for row in self.rows_at(rate))
+        )
+        rows = [row for i in self.whole for row in self.rows_at(self.rates[i])]
+        self.met = any(row.steps_to_target is not None for row in rows)
         scores = self._scores()
         self.resolved = bool(np.isfinite(scores).any())
         self.best = best_of_rates(scores)
@@ -75,7 +83,7 @@ class SizeTable:
 
         def score(rate: float, seed: int) -> float:
             row = self._rows.get((rate, seed))
-            if row is None or row.state != "complete":
+            if row is None or row.state != "complete" or row.share < 1.0:
                 return math.nan
             if self.met:
                 loss = self.last_loss(rate, seed)
@@ -113,7 +121,7 @@ class SizeTable:
         to_target = geometric_mean_over_seeds(met) if has_target else none
         return SizeFinding(
             batch_size=B,
-            learning_rate=rate_interval(self.rates, self.best, self.drawn, len(self.seeds)),
+            learning_rate=self._rate_interval(),
             at_edge=self.at_edge,
             stable_edge=self._stable_edge(),
             steps=max((row.steps for row in rows), default=0),
@@ -144,6 +152,18 @@ class SizeTable:
             else geometric_mean_over_seeds(met, seconds),
             rates=tuple(self._rate_finding(rate, epochs) for rate in self.rates),
         )
+
+    def _rate_interval(self) -> Estimate:
+        """Between rates that went the whole way: of those a race dropped less is known."""
+        places = np.searchsorted(self.whole, self.drawn)
+        rates = [self.rates[i] for i in self.whole]
+        best = self.whole.index(self.best)
+        return rate_interval(rates, best, places, len(self.seeds))
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether the rates on both sides of the best one went the whole way."""
+        return {self.best - 1, self.best + 1} <= set(self.whole)
 
     @property
     def at_edge(self) -> Edge | None:
@@ -208,14 +228,16 @@ class SizeTable:
             distance=mean_over_seeds([row.distance for row in rows]),
             roughness=self._roughness(rate, epochs),
             noise_floor=self._noise_floor(rate),
+            share=min((row.share for row in rows), default=1.0),
         )
 
     def _stable_edge(self) -> float | None:
         wild = [any(r.state == "diverged" for r in self.rows_at(rate)) for rate in self.rates]
         if not any(wild) or all(wild):
             return None
-        first = wild.index(True)
-        return self.rates[first - 1] if first else None
+        # In a part of the way a rate has not shown that it is stable.
+        below = [i for i in self.whole if i < wild.index(True)]
+        return self.rates[below[-1]] if below else None
 
 
 def tables_of(trials: Sequence[StoredTrial], setting: Setting) -> list[SizeTable]:

@@ -12,22 +12,31 @@ from typing import Literal
 from rightbatch.errors import ProbeError, UsageError
 from rightbatch.store import read_record, write_record
 from rightbatch.study.contrasts import common_epochs, contrast_sizes
-from rightbatch.study.database import StudyDatabase
-from rightbatch.study.design import BatchSizes, LearningRates, StudyDesign, make_design
+from rightbatch.study.database import StoredTrial, StudyDatabase
+from rightbatch.study.design import (
+    SAMPLERS,
+    BatchSizes,
+    LearningRates,
+    SearchName,
+    StudyDesign,
+    make_design,
+)
 from rightbatch.study.equal_costs import compare_sizes
 from rightbatch.study.executors import ExecutorName
-from rightbatch.study.findings import Best, Comparison, Contrast, Fits, SizeFinding
+from rightbatch.study.findings import Best, Comparison, Contrast, Fits, RaceFinding, SizeFinding
 from rightbatch.study.gradients import StudyGradients, study_gradients
 from rightbatch.study.group import Engine
 from rightbatch.study.judging import summarise_trial
 from rightbatch.study.over_sizes import choose_best, fit_sizes
 from rightbatch.study.runner import Progress, StudyRunner, metric_name
+from rightbatch.study.sampler_search import load_optuna
 from rightbatch.study.size_table import SizeTable, tables_of
 from rightbatch.study.tidy import write_tidy
 from rightbatch.study.trials import FINAL, StudyTrial
 from rightbatch.workload import Workload
 
 SCHEMA = "rightbatch.study/1"
+RECORD = "study.json"
 DATABASE, STORAGE = "study.db", "storage.json"
 STORAGE_SCHEMA = "rightbatch.storage/1"
 DEFAULT_EPOCHS = 20.0
@@ -70,6 +79,7 @@ class Study:
         gradients: How batches' gradients scatter around the full one.
         cost: What it took.
         warnings: What a reader should know.
+        race: What a race dropped and what it cost; None for any other search.
     """
 
     workload: str
@@ -88,6 +98,7 @@ class Study:
     gradients: StudyGradients
     cost: StudyCost
     warnings: tuple[str, ...]
+    race: RaceFinding | None = None
 
     def trials_at(self, batch_size: int, learning_rate: float | None = None) -> list[StudyTrial]:
         """The trainings of one size, or of one size and learning rate.
@@ -118,6 +129,8 @@ def run_study(
     examples: int | None = None,
     seconds: float | None = None,
     target: str | None = None,
+    search: SearchName = "grid",
+    trials: int | None = None,
     watch: str = "first",
     engine: Engine = "auto",
     executor: ExecutorName = "local",
@@ -145,6 +158,10 @@ def run_study(
         examples: Or training examples.
         seconds: Or seconds that the training loop would take, by the measured step time.
         target: What counts as trained, such as `val_loss<=0.15`. Default: the workload's.
+        search: Which pairs of batch size and learning rate are run: all (`grid`); all for a part
+            of their way and the better ones farther (`race`); or those that a sampler of Optuna
+            asks for: `tpe`, `gp` or `random`.
+        trials: How many pairs a sampler asks for. Default: 20.
         watch: The weight whose path is followed, such as `0.weight[3,1]`. Default: the first
             weight of the first layer.
         engine: `compiled`, `vmapped`, `loop`, or `auto`.
@@ -166,6 +183,7 @@ def run_study(
 
     Raises:
         UsageError: If an argument is out of range, or the place holds another study.
+        MissingExtraError: If a sampler is asked for and Optuna is not installed.
         ProbeError: If every training failed.
 
     Example:
@@ -186,9 +204,13 @@ def run_study(
         learning_rates=learning_rates,
         seeds=seeds,
         target=target if target is not None else workload.target,
+        search=search,
+        trials=trials,
         watch=watch,
         **lengths,  # pyright: ignore[reportArgumentType] (each has its own type)
     )
+    if design.search in SAMPLERS:
+        load_optuna()
     begun = time.perf_counter()
     folder = None if run_directory is None else Path(run_directory)
     if folder is not None:
@@ -221,7 +243,7 @@ def run_study(
         if state == "complete":
             study = _with_gradients(study, workload, database, runner, begun)
         if folder is not None:
-            write_record(folder / "study.json", study, schema=SCHEMA)
+            write_record(folder / RECORD, study, schema=SCHEMA)
             write_tidy(folder, study.trials, database.trials(), workload.num_examples)
         ended = sum(trial.state in FINAL for trial in study.trials)
         database.tell(study.state, f"{ended} trainings have ended")
@@ -270,17 +292,41 @@ def read_design(run_directory: str | Path) -> tuple[StudyDesign, Storage | None]
     Raises:
         UsageError: If there is no study.
     """
-    folder, storage = Path(run_directory), None
+    database, storage = _open_kept(Path(run_directory))
+    try:
+        return database.open()[0], storage
+    finally:
+        database.close()
+
+
+def read_trials(run_directory: str | Path) -> list[StoredTrial]:
+    """The trainings of a study that was begun, with their evaluations.
+
+    Args:
+        run_directory: Where its files are.
+
+    Returns:
+        Them, in the order in which they were asked for.
+
+    Raises:
+        UsageError: If there is no study.
+    """
+    database, _ = _open_kept(Path(run_directory))
+    try:
+        database.open()
+        return database.trials()
+    finally:
+        database.close()
+
+
+def _open_kept(folder: Path) -> tuple[StudyDatabase, Storage | None]:
+    storage = None
     if (folder / STORAGE).exists():
         storage = read_record(folder / STORAGE, Storage, schema=STORAGE_SCHEMA)
     elif not (folder / DATABASE).exists():
         raise UsageError(f"There is no study in {str(folder)!r}: it has no {DATABASE}.")
     url, name = (storage.url, storage.name) if storage else (str(folder / DATABASE), STUDY_NAME)
-    database = StudyDatabase(url, name)
-    try:
-        return database.open()[0], storage
-    finally:
-        database.close()
+    return StudyDatabase(url, name), storage
 
 
 def _conclude(
@@ -298,6 +344,8 @@ def _conclude(
     epochs = common_epochs(tables, setting)
     sizes = tuple(table.finding(epochs) for table in tables)
     trials = tuple(summarise_trial(trial, setting) for trial in stored)
+    race = runner.race()
+    examples = sum(trial.examples for trial in trials) + (race.repeated_examples if race else 0)
     return Study(
         workload=workload.name,
         num_examples=workload.num_examples,
@@ -313,13 +361,15 @@ def _conclude(
         contrasts=contrast_sizes(tables, setting),
         best=choose_best(sizes, setting),
         gradients=StudyGradients(record=None, skipped="the study was stopped before"),
-        cost=StudyCost(examples=sum(trial.examples for trial in trials), seconds=seconds),
-        warnings=tuple(_warnings(design, trials, tables, sizes)),
+        cost=StudyCost(examples=examples, seconds=seconds),
+        warnings=tuple(_warnings(design, state, trials, tables, sizes)),
+        race=race,
     )
 
 
 def _warnings(
     design: StudyDesign,
+    state: Literal["complete", "stopped"],
     trials: Sequence[StudyTrial],
     tables: Sequence[SizeTable],
     sizes: Sequence[SizeFinding],
@@ -332,8 +382,18 @@ def _warnings(
         many = f"{len(failed)} trainings" if len(failed) > 1 else "1 training"
         found.append(f"{many} failed; at batch {first.batch_size:,}: {first.note}.")
     missing = [B for B in design.batch_sizes if B not in {t.batch_size for t in tables}]
-    if missing:
-        found.append(f"No training ended with a loss at batch {_listed(missing)}.")
+    whole = {t.batch_size for t in trials if t.share == 1.0}
+    lost = [B for B in missing if B in whole]
+    if lost:
+        found.append(f"No training ended with a loss at batch {_listed(lost)}.")
+    never = [B for B in missing if B not in whole]
+    if never and state == "complete":
+        why = (
+            "The race dropped all rates of"
+            if design.search == "race"
+            else f"The sampler ({design.search}) did not ask for"
+        )
+        found.append(f"{why} batch {_listed(never)}: nothing is said of them.")
     met_at_once = [f.batch_size for f in sizes if (f.steps_to_target.value or 9.0) <= 1.0]
     if met_at_once:
         found.append(

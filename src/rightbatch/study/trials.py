@@ -87,6 +87,8 @@ class StudyTrial:
         relative_distance: ‖w − w₀‖/‖w₀‖.
         roughness: Of the watched weight's path over all updates; None where it never moved.
         dead: Whether the watched weight never moved.
+        share: Of the way that the design gives every training, how much this one was asked to go;
+            below 1 where a race dropped it.
         note: Why it failed, or empty.
     """
 
@@ -105,4 +107,5 @@ class StudyTrial:
     relative_distance: float | None = None
     roughness: float | None = None
     dead: bool = False
+    share: float = 1.0
     note: str = ""
