@@ -13,7 +13,8 @@ import rightbatch
 from rightbatch import Recipe
 from rightbatch.cli import main
 from rightbatch.cli.train_progress import TrainProgress
-from rightbatch.training import Horizon, Training, loop
+from rightbatch.training import Horizon, Training
+from rightbatch.training.watching import telling
 
 Reports = list[tuple[str, float | None]]
 
@@ -51,7 +52,7 @@ def run(progress: TrainProgress, *, steps: int = 100, horizon: bool = True, begi
 
 
 def test_loss_rate_and_time_left_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_RECORDS", 10)  # else the first losses come with 64 updates
+    monkeypatch.setattr(telling, "_BLOCK", 10)  # else the first losses come with 64 updates
     progress, reports = watched(each=0.1)
     run(progress, steps=50)
     message, share = reports[-1]
