@@ -17,12 +17,13 @@ import torch
 
 import rightbatch
 from rightbatch.cli import main
-from rightbatch.cli.render_plan import advantage_of, answer, plan_text
+from rightbatch.cli.render_plan import plan_text
 from rightbatch.laws.estimate import Estimate
 from rightbatch.plan import Plan, make_plan
 from rightbatch.plan.make import describe_environment
 from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.plan.records import NearBest, Prediction
+from rightbatch.report.answer_plan import advantage_of, answer
 from rightbatch.study.records import RaceRecord, TrialPoint, TrialRecord
 
 Captured = pytest.CaptureFixture[str]

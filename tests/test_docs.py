@@ -51,6 +51,7 @@ def test_the_commands_are_understood(
         ("run_train", "run"),
         ("run_probe", "run"),
         ("run_sharpness", "run"),
+        ("run_report", "run"),
         ("run_study", "run"),
     ):
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rightbatch.probes.sharpness import measure_sharpness as measure_sharpness
     from rightbatch.probes.throughput import measure_throughput as measure_throughput
     from rightbatch.recipe import Recipe as Recipe
+    from rightbatch.report.write import write_report as write_report
     from rightbatch.study.carry_over import CarryOver as CarryOver
     from rightbatch.study.carry_over import compare_choices as compare_choices
     from rightbatch.study.export_optuna import export_to_optuna as export_to_optuna
@@ -73,6 +74,7 @@ _HOME = {
     "train_stream": "rightbatch.training",
     "with_examples": "rightbatch.workload",
     "with_label_noise": "rightbatch.workload",
+    "write_report": "rightbatch.report.write",
 }
 
 __all__ = [
@@ -107,6 +109,7 @@ __all__ = [
     "train_stream",
     "with_examples",
     "with_label_noise",
+    "write_report",
 ]
 
 

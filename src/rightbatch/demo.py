@@ -19,13 +19,14 @@ from rightbatch.catalog import load_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.render_plan import plan_text
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number
 from rightbatch.laws.estimate import Estimate
 from rightbatch.plan import Plan, make_plan
 from rightbatch.plan.make import run_race
 from rightbatch.plan.predict import starting_rate
 from rightbatch.plan.price import max_micro_batch, step_seconds
 from rightbatch.recipe import Recipe
+from rightbatch.report.units import show_interval, show_number
+from rightbatch.report.write import write_report
 from rightbatch.store import make_run_directory, write_record
 from rightbatch.study.race import UNIT_BATCH
 from rightbatch.training import Training
@@ -92,6 +93,7 @@ def main() -> int:
             sides.append(measure_side(workload, plan, title, recipe))
     _show("\n" + comparison_text(sides, str(workload.target)))
     _show(f"\nThe plan and its evidence: {folder / 'plan.json'}")
+    _show(f"The report: {write_report(plan, folder / 'report.html')}")
     return 0
 
 

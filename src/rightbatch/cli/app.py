@@ -285,6 +285,27 @@ def study(
     )
 
 
+@app.command()
+def report(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|PLAN", help="Folder of a study, or a plan.json.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: report.html, .md or .json.")
+    ] = None,
+    format: Annotated[
+        Literal["html", "md", "json"] | None,
+        typer.Option(help="Default: by the ending of --out, else html."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> int:
+    """One page of a plan or study: the answer, why, figures and evidence."""
+    from rightbatch.cli import run_report
+
+    return run_report.run(Output(as_json=as_json, quiet=quiet), source, out=out, format=format)
+
+
 @probe_app.command("memory")
 def probe_memory(
     workload: WorkloadArgument,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
+from rightbatch.report.units import show_interval, show_number, show_seconds
 from rightbatch.study.carry_over import CarryOver, GoalCarried
 from rightbatch.study.size_costs import Goal
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
 from rightbatch.probes.learning_rate import LearningRateRecord
+from rightbatch.report.units import show_interval, show_number, show_seconds
 
 
 def as_text(record: LearningRateRecord) -> str:

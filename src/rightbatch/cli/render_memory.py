@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_bytes, show_seconds
 from rightbatch.probes.memory import MemoryRecord
+from rightbatch.report.units import show_bytes, show_seconds
 
 
 def as_text(record: MemoryRecord) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table
-from rightbatch.cli.units import show_interval, show_number
 from rightbatch.laws.estimate import Estimate
 from rightbatch.laws.gradient_scatter import SizeScatter
+from rightbatch.report.units import show_interval, show_number
 from rightbatch.study.findings import Contrast, SizeFinding
 from rightbatch.study.study import Study
 

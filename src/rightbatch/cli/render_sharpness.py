@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.probes.sharpness import KeskarSharpness, SharpnessPoint, SharpnessRecord
+from rightbatch.report.units import show_interval, show_number, show_seconds
 
 CAVEAT = (
     "None of these is invariant: weights of a ReLU network can be rescaled so that all of them "

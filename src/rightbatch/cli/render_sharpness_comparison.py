@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from rightbatch.cli.render_sharpness import CAVEAT
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.estimate import Estimate
+from rightbatch.report.units import show_interval, show_number, show_seconds
 from rightbatch.study.sharpness.records import SharpnessComparison, SharpnessSetting, SizeSharpness
 
 _ROWS: tuple[tuple[str, Callable[[SizeSharpness], Estimate]], ...] = (

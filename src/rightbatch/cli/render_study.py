@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rightbatch.cli.render_minima import gradient_sentences, minima_sentences, minima_table
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
-from rightbatch.laws.estimate import Estimate
-from rightbatch.study.findings import Comparison, RaceFinding, SizeFinding
+from rightbatch.report.answer_study import answer, cost_text, listed, over_sizes
+from rightbatch.report.units import show_interval, show_number, show_seconds
+from rightbatch.study.findings import Comparison, RaceFinding
 from rightbatch.study.study import Study
 
 _MOST_NOTES = 6
@@ -30,7 +28,7 @@ def study_text(study: Study) -> str:
         parts.append(_equal_costs(study))
     if study.sizes:
         parts.append(minima_table(study))
-    parts += [wrap(sentence) for sentence in (*minima_sentences(study), *_over_sizes(study))]
+    parts += [wrap(sentence) for sentence in (*minima_sentences(study), *over_sizes(study))]
     if study.sizes:
         parts += [wrap(sentence) for sentence in gradient_sentences(study)]
     if study.race is not None:
@@ -39,64 +37,8 @@ def study_text(study: Study) -> str:
     parts += [wrap(f"Note: {note}") for note in notes[:_MOST_NOTES]]
     if len(notes) > _MOST_NOTES:
         parts.append(f"{len(notes) - _MOST_NOTES} more notes are in the record (--json).")
-    parts.append(wrap(_cost(study)))
+    parts.append(wrap(cost_text(study)))
     return "\n\n".join(parts)
-
-
-def answer(study: Study) -> str:
-    """The pair to train with, what it is best in, and what cannot be told from it.
-
-    Args:
-        study: The study.
-
-    Returns:
-        One paragraph, not wrapped.
-    """
-    stopped = "The study was stopped before its end. " if study.state == "stopped" else ""
-    if study.best is None:
-        return f"{stopped}No training of {study.workload} ended with a loss: there is no answer."
-    best = study.best
-    rate = show_number(best.learning_rate)
-    text = (
-        f"{stopped}Best for {study.workload}: batch {best.batch_size:,} at learning rate {rate}, "
-        f"with the {best.because}."
-    )
-    if len(study.design.seeds) == 1:
-        return f"{text} One seed cannot tell how far chance goes: take this as a hint."
-    alike = [f"{size:,}" for size in _alike(study)]
-    if alike:
-        text += f" Batch {_listed(alike)} cannot be told from it: the intervals overlap."
-    return text
-
-
-def _alike(study: Study) -> list[int]:
-    """Other sizes whose cost (or loss) has an interval that overlaps the best one's."""
-    assert study.best is not None
-    by_size = {finding.batch_size: finding for finding in study.sizes}
-    judged = _judged_by(study)
-    best = judged(by_size[study.best.batch_size])
-    return [
-        size
-        for size, finding in by_size.items()
-        if size != study.best.batch_size and _overlap(best, judged(finding))
-    ]
-
-
-def _judged_by(study: Study) -> Callable[[SizeFinding], Estimate]:
-    because = "" if study.best is None else study.best.because
-    if "seconds" in because:
-        return lambda finding: finding.seconds_to_target
-    if "examples" in because:
-        return lambda finding: finding.examples_to_target
-    if "validation" in because:
-        return lambda finding: finding.val_loss
-    return lambda finding: finding.train_loss
-
-
-def _overlap(first: Estimate, second: Estimate) -> bool:
-    if first.low is None or first.high is None or second.low is None or second.high is None:
-        return False
-    return first.low <= second.high and second.low <= first.high
 
 
 def _sizes(study: Study) -> str:
@@ -191,52 +133,6 @@ def _loss_in(comparison: Comparison, batch_size: int) -> str:
     return show_number(found[0]) if found else "-"
 
 
-def _over_sizes(study: Study) -> list[str]:
-    fits, found = study.fits, list[str]()
-    critical = fits.critical_batch
-    if critical.value is not None:
-        found.append(
-            f"Critical batch {show_number(_rounded(critical.value))} "
-            f"({show_interval(critical)}): there, steps to the target are twice the fewest, "
-            f"{show_number(_rounded(fits.min_steps.value))} ({show_interval(fits.min_steps)}), and "
-            "examples twice the fewest, "
-            f"{show_number(_rounded(fits.min_examples.value))} "
-            f"({show_interval(fits.min_examples)})."
-        )
-    exponent = fits.rate_exponent
-    if exponent.value is not None:
-        found.append(
-            f"The best learning rate grows as the batch to the power "
-            f"{show_number(exponent.value)} ({show_interval(exponent)}): "
-            f"{_which_rule(exponent)}.{_rules(study)}"
-        )
-    if len(fits.pareto) > 1:
-        listed = _listed([f"{size:,}" for size in fits.pareto])
-        found.append(f"Fewer steps cost more examples: batch {listed}; none beats another in both.")
-    return found
-
-
-def _which_rule(exponent: Estimate) -> str:
-    low = 0.0 if exponent.low is None else exponent.low
-    high = 9.0 if exponent.high is None else exponent.high
-    held = [name for name, p in (("linear", 1.0), ("square-root", 0.5)) if low <= p <= high]
-    if len(held) == 2:
-        return "linear and square-root scaling cannot be told apart"
-    return f"{held[0]} scaling" if held else "neither linear (1) nor square-root scaling (0.5)"
-
-
-def _rules(study: Study) -> str:
-    names = {"linear": "linear", "sqrt": "square-root"}
-    parts = [
-        f"{names[rule.rule]} scaling holds to {rule.holds_to:,}"
-        + ("" if rule.breaks_at is None else f" and fails at {rule.breaks_at:,}")
-        for rule in study.fits.rate_rules
-    ]
-    if not parts:
-        return ""
-    return f" From batch {study.fits.rate_rules[0].begins_at:,}, {_listed(parts)}."
-
-
 def _race(study: Study, race: RaceFinding) -> str:
     dropped = [
         f"{rung.dropped} after {_cost_of(rung.amount, rung.unit)}"
@@ -247,7 +143,7 @@ def _race(study: Study, race: RaceFinding) -> str:
     cost = f"{100 * race.examples_of_grid:.0f} % of the examples"
     if race.seconds_of_grid is not None:
         cost = f"{100 * race.seconds_of_grid:.0f} % of the modelled seconds and {cost}"
-    kept = f"of {pairs} pairs it dropped {_listed(dropped)}" if dropped else "it dropped nothing"
+    kept = f"of {pairs} pairs it dropped {listed(dropped)}" if dropped else "it dropped nothing"
     return (
         f"The race: {kept}. With what was run again it took {cost} that all pairs take to "
         "their end."
@@ -256,23 +152,3 @@ def _race(study: Study, race: RaceFinding) -> str:
 
 def _cost_of(amount: float, unit: str) -> str:
     return show_seconds(amount) if unit == "seconds" else f"{show_number(amount)} {unit}"
-
-
-def _cost(study: Study) -> str:
-    count = sum(trial.state in ("complete", "diverged") for trial in study.trials)
-    wild = sum(trial.state == "diverged" for trial in study.trials)
-    ran = f"{count:,} trainings{f', {wild:,} of which diverged' if wild else ''}"
-    if count < len(study.trials):
-        ran = (
-            f"{count:,} of {len(study.trials):,} trainings{f', {wild:,} diverged' if wild else ''}"
-        )
-    engines = sorted({text.split(":")[0] for text in study.engines})
-    by = f", by the {_listed(engines)} engine{'s' * (len(engines) > 1)}" if engines else ""
-    return (
-        f"Cost: {ran}, {study.cost.examples:,} examples{by}; "
-        f"this call took {show_seconds(study.cost.seconds)}."
-    )
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rightbatch.cli.table import make_table, wrap
-from rightbatch.cli.units import show_interval, show_number, show_seconds
 from rightbatch.laws.timing import SizeTime
 from rightbatch.probes.throughput import ThroughputRecord
+from rightbatch.report.units import show_interval, show_number, show_seconds
 
 
 def as_text(record: ThroughputRecord) -> str:

@@ -15,9 +15,9 @@ from rightbatch.cli.opening import open_workload
 from rightbatch.cli.output import Output
 from rightbatch.cli.table import make_table, wrap
 from rightbatch.cli.train_progress import TrainProgress
-from rightbatch.cli.units import show_number, show_seconds
 from rightbatch.errors import DivergedError, UsageError
 from rightbatch.recipe import Recipe
+from rightbatch.report.units import show_number, show_seconds
 from rightbatch.store import (
     dump_record,
     hash_tensors,

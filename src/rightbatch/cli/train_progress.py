@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rightbatch.cli.units import show_number, show_seconds
+from rightbatch.report.units import show_number, show_seconds
 from rightbatch.training.watching.callbacks import Callback, StepRecords
 
 if TYPE_CHECKING:

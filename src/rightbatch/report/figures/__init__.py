@@ -1,0 +1,1 @@
+"""Thin Plotly renderers: each draws the data of one figure, in one shared style."""
