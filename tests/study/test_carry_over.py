@@ -13,6 +13,7 @@ from rightbatch.errors import UsageError
 from rightbatch.laws.estimate import unresolved
 from rightbatch.study.design import Budget, StudyDesign
 from rightbatch.study.findings import Fits
+from rightbatch.study.gradients import StudyGradients
 from rightbatch.study.size_costs import GOALS, size_costs
 from rightbatch.study.study import StudyCost
 from rightbatch.study.trials import StudyTrial
@@ -41,7 +42,9 @@ def planted(cells: Cells, *, seconds: float | None = 0.01, **changes: Any) -> St
             batch_sizes=tuple(sorted({size for size, _ in cells})), learning_rates=None,
             seeds=tuple(seeds), budget=Budget(unit="steps", amount=100), target="val_loss<=0.1",
         ),
-        "engines": (), "trials": trials, "sizes": (), "comparisons": (), "best": None,
+        "engines": (), "trials": trials, "sizes": (), "comparisons": (), "contrasts": (),
+        "watching": "",
+        "gradients": StudyGradients(record=None, skipped="planted"), "best": None,
         "fits": Fits(
             critical_batch=nothing, min_steps=nothing, min_examples=nothing, rate_exponent=nothing,
             rate_rules=(), pareto=(), notes=(),
