@@ -92,7 +92,7 @@ def check_kills(url: str, seed: int, *, kills: int, seeds: int, writers: int) ->
             assert {key: now.get(key) for key in known} == known, f"seed {seed}: {done}"
             known = now
         for coordinator in coordinators:
-            assert coordinator.wait(120) == 0, f"seed {seed}: {done}"
+            assert coordinator.wait(600) == 0, f"seed {seed}: {done}"
     finally:
         for coordinator in coordinators:
             for process in [coordinator, *_workers(coordinator)]:
@@ -123,4 +123,4 @@ def test_nothing_is_lost_or_counted_twice_when_workers_are_killed(new_postgres: 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
 def test_two_hundred_kills(new_postgres: str) -> None:
-    check_kills(new_postgres, seed=2, kills=200, seeds=250, writers=2)
+    check_kills(new_postgres, seed=2, kills=200, seeds=60, writers=2)
