@@ -119,6 +119,19 @@ def test_a_lease_is_renewed_while_its_owner_lives(new_postgres: str) -> None:
         database.close()
 
 
+def test_nobody_claims_again_what_it_is_running(place: str) -> None:
+    database = opened(place)
+    database.add(asked([10], seeds=2))
+    claims = Claims(database, lease_seconds=-5.0)  # over at once, as a long group's in a file
+    held = claims.take(1)
+    assert [claim.key.seed for claim in claims.take(2)] == [1]
+    assert claims.take(2) == []
+    assert claims.settle({claim: done() for claim in held}) == []
+    claims._over.set()
+    claims.close()
+    database.close()
+
+
 def test_the_next_owner_of_a_file_takes_over_what_a_killed_one_was_running(
     tmp_path: object,
 ) -> None:

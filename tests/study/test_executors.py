@@ -158,7 +158,10 @@ def test_a_study_with_workers_is_the_study_without(
     if kind == "ray":
         request.getfixturevalue("ray")
         options = {"executor": "ray"}
+    said: list[str] = []
+    options["progress"] = lambda text, *_: said.append(text)
     found, plain = small(run_directory=tmp_path, **options), small()
+    assert "0 of 8 trainings have ended" in said and "8 of 8 trainings have ended" in said
     assert [t.val_loss for t in found.trials] == [t.val_loss for t in plain.trials]
     assert without_cost(found).keys() == without_cost(plain).keys()
     assert found.engines == plain.engines

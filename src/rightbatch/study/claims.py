@@ -91,7 +91,12 @@ class Claims:
         """
         open_ = sql.or_(
             TRIALS.c.state.in_(_CLAIMABLE),
-            sql.and_(TRIALS.c.state == "running", TRIALS.c.lease < _clock()),
+            # Not its own: in a file nobody else works at, claims are not renewed.
+            sql.and_(
+                TRIALS.c.state == "running",
+                TRIALS.c.worker != self.worker,
+                TRIALS.c.lease < _clock(),
+            ),
         )
         size = TRIALS.c.batch_size
         query = (

@@ -214,6 +214,8 @@ class StudyRunner:
         database = self._database
         while True:
             self._submit_all(executor, claims)
+            if executor.capacity > 1:  # one that runs here tells itself
+                self._say_how_far()
             if executor.pending:
                 for outcome in executor.wait():
                     self._take_in(outcome, executor, claims)
@@ -221,6 +223,12 @@ class StudyRunner:
                 time.sleep(_POLL_SECONDS)
             elif not database.add(search.ask(database.trials())) and not self._count(*_OPEN):
                 return
+
+    def _say_how_far(self) -> None:
+        ended = self._count(*FINAL)
+        there = ended + self._count(*_OPEN)
+        if there:
+            self._say(f"{ended:,} of {there:,} trainings have ended", ended / there)
 
     def _count(self, *states: TrialState) -> int:
         found = self._database.count_states()
